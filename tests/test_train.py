@@ -1,0 +1,153 @@
+"Schedules, freezing, precision and checkpoints of 06_train"
+import os
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from torch import nn
+from fastreid_nb.augment import Preproc, reid_dls
+from fastreid_nb.backbone import resnet18
+from fastreid_nb.heads import ReductionHead, reid_model
+from fastreid_nb.pooling import AvgPool
+from fastreid_nb.toy import toy_reid
+from fastreid_nb.train import Amp, FreezeBackbone, best_dtype, load_reid, reid_learner, save_reid, warmup_flat_cos
+
+class TinyNet(nn.Sequential):
+    n_feat = 8
+    def __init__(self): super().__init__(nn.Conv2d(3,8,3,4,1), nn.BatchNorm2d(8), nn.ReLU())
+
+@pytest.fixture(scope='module')
+def dls(tmp_path_factory):
+    data = toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
+    return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
+
+@pytest.fixture
+def learn(dls):
+    l = reid_learner(dls, TinyNet)
+    with l.no_bar(), l.no_logging(): yield l
+
+@pytest.mark.parametrize('warm,flat', [(0,0), (.1,.1), (0,.5), (.1,.5), (.3,.9)])
+def test_schedule(warm, flat):
+    "Against the three formulas, everywhere, and without a jump"
+    f = warmup_flat_cos(2., warm, flat)
+    def naive(t):
+        if t<warm: return 2*(.1+.9*t/warm)
+        if t<flat: return 2.
+        return 2*(.002+.998*(1+np.cos(np.pi*(t-flat)/(1-flat)))/2)
+    ts = np.linspace(0, 1, 501)
+    got = np.array([float(f(t)) for t in ts])
+    assert np.abs(got-[naive(t) for t in ts]).max()<1e-5 and np.abs(np.diff(got)).max()<.1
+
+@pytest.mark.parametrize('warm,flat', [(.5,.2), (-.1,.5), (.1,1.)])
+def test_schedule_refuses(warm, flat):
+    with pytest.raises(ValueError, match='expected 0'): warmup_flat_cos(1., warm, flat)
+
+def test_lengths_in_epochs(learn):
+    n = len(learn.dls.train)
+    learn.fit_warmup_cos(5, 1e-3, warmup_epochs=1, flat_epochs=3)
+    lr = np.array(learn.recorder.hps['lr'])
+    assert len(lr)==5*n and np.allclose(lr[n:3*n], 1e-3) and lr[0]<2e-4 and (np.diff(lr[3*n:])<0).all()
+    with pytest.raises(ValueError, match='expected 1 or more'): learn.fit_warmup_cos(0)
+
+class Trip(Callback):
+    def __init__(self, exc, event): self.exc,self.event = exc,event
+    def __call__(self, name):
+        if name==self.event and self.learn.iter>=1: raise self.exc
+
+@pytest.mark.parametrize('event', ['after_pred','after_backward','before_validate','after_batch'])
+@pytest.mark.parametrize('exc', [KeyboardInterrupt, ZeroDivisionError])
+def test_everything_is_undone(learn, exc, event):
+    off = learn.model.backbone[0].bias.requires_grad_(False)
+    with pytest.raises(exc): learn.fit(1, cbs=[FreezeBackbone(100), Trip(exc(), event)])
+    flags = [p.requires_grad for p in learn.model.parameters()]
+    assert flags.count(False)==1 and not off.requires_grad
+    assert not learn.model._forward_hooks and not learn.model._forward_pre_hooks and not torch.is_autocast_enabled('cpu')
+    learn.fit(1)
+
+def test_autocast_ends_when_the_model_fails(learn):
+    learn.model.pool.forward = lambda x: 1/0
+    with pytest.raises(ZeroDivisionError): learn.fit(1)
+    assert not torch.is_autocast_enabled('cpu')
+
+@pytest.mark.parametrize('n', [1,3])
+def test_freeze_counts_iterations(learn, n):
+    "For `n` iterations nothing in the backbone moves, statistics included; afterwards it does"
+    seen = []
+    class Watch(Callback):
+        def after_batch(self):
+            if self.training: seen.append({k:v.clone() for k,v in self.model.backbone.state_dict().items()})
+    before = {k:v.clone() for k,v in learn.model.backbone.state_dict().items()}
+    learn.fit(3, 1e-2, cbs=[FreezeBackbone(n), Watch()])
+    moved = [any(not torch.equal(o[k], before[k]) for k in before) for o in seen]
+    assert moved==[False]*n+[True]*(len(seen)-n)
+
+def test_optimizer_is_the_recipes(dls):
+    "fastai's Adam, set as here, makes the steps of torch.optim.Adam with coupled weight decay on every parameter"
+    a,b = (reid_learner(dls, TinyNet, dtype=torch.float32) for _ in range(2))
+    opt = torch.optim.Adam([p for p in b.model.parameters()], lr=1e-2, weight_decay=5e-4)
+    batches = list(dls.train)
+    with a.no_bar(), a.no_logging():
+        a.dls.train.epoch = 0
+        a.fit(1, 1e-2)
+    b.model.train()
+    dls.train.epoch = 0
+    for x,*y in dls.train:
+        b.loss_func(b.model(x), *y).backward()
+        opt.step()
+        opt.zero_grad()
+    for (k,p),q in zip(a.model.named_parameters(), b.model.parameters()):
+        if k!='backbone.0.bias': assert torch.allclose(p, q, atol=1e-5), k # a bias before BatchNorm has no gradient but rounding noise
+
+def test_precision():
+    assert best_dtype('cpu') in (torch.bfloat16, torch.float32)
+    assert best_dtype('meta')==torch.float32
+
+def test_float16_on_cpu_is_refused(dls):
+    l = reid_learner(dls, TinyNet, dtype=torch.float16)
+    with pytest.raises(Exception, match='float16 on cpu'), l.no_bar(), l.no_logging(): l.fit(1)
+
+def test_round_trip(tmp_path, dls):
+    "Every part of a library model comes back from the file alone"
+    from functools import partial
+    model = reid_model(5, partial(resnet18, ibn=True, last_stride=2), AvgPool, partial(ReductionHead, n_emb=16), (.5,.5,.5), (.2,.2,.2)).eval()
+    pre = Preproc((64,32), 'bilinear', (.5,.5,.5), (.2,.2,.2))
+    save_reid(tmp_path/'sub'/'m.pt', model, pre, np.array([3,5,8,13,21]), np.float32(.25))
+    back = load_reid(tmp_path/'sub'/'m.pt')
+    x = torch.rand(2,3,64,32)
+    assert torch.equal(model.to(memory_format=torch.channels_last)(x), back(x)) and not back.training
+    assert back.preproc==pre and back.pids==[3,5,8,13,21] and back.threshold==.25
+    assert [o.name for o in (tmp_path/'sub').iterdir()]==['m.pt']
+
+def test_bad_checkpoints(tmp_path, dls):
+    good = tmp_path/'good.pt'
+    save_reid(good, reid_model(4, resnet18), dls.preproc)
+    raw = good.read_bytes()
+    for i,n in enumerate((0, 10, len(raw)//2, len(raw)-100)):
+        (tmp_path/f'{i}.pt').write_bytes(raw[:n])
+        with pytest.raises(ValueError, match='truncated'): load_reid(tmp_path/f'{i}.pt')
+    (tmp_path/'text.pt').write_text('hello')
+    with pytest.raises(ValueError, match='truncated, or not written'): load_reid(tmp_path/'text.pt')
+    torch.save([1,2], tmp_path/'list.pt')
+    with pytest.raises(ValueError, match='holds list'): load_reid(tmp_path/'list.pt')
+    with pytest.raises(FileNotFoundError, match='no checkpoint'): load_reid(tmp_path/'none.pt')
+    model = reid_model(5, resnet18)
+    before = model.head.classifier.weight.clone()
+    with pytest.raises(ValueError, match='other shapes'): load_reid(good, model)
+    assert torch.equal(model.head.classifier.weight, before)
+    with pytest.raises(ValueError, match='not in the model'): load_reid(good, reid_model(4, TinyNet))
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch, dls):
+    f = tmp_path/'m.pt'
+    save_reid(f, reid_model(4, TinyNet), dls.preproc)
+    old = f.read_bytes()
+    def half(obj, path):
+        path.write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', half)
+    with pytest.raises(OSError, match='No space left.*choose a folder'): save_reid(f, reid_model(4, TinyNet), dls.preproc)
+    assert f.read_bytes()==old and len(list(tmp_path.iterdir()))==1
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid()==0, reason='root may write everywhere')
+def test_read_only_folder(tmp_path, dls):
+    (tmp_path/'ro').mkdir(mode=0o500)
+    with pytest.raises(OSError, match='choose a folder'): save_reid(tmp_path/'ro'/'m.pt', reid_model(4, TinyNet), dls.preproc)
