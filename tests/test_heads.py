@@ -92,7 +92,7 @@ def test_reidout_survives(lists):
         tree_map=pytree.tree_map(lambda t: t, out), apply=apply(lambda t: t, out), detach=to_detach(out), float=to_float(out),
         device=to_device(out, 'cpu'), cpu=to_cpu(out), replace=out._replace(emb=out.emb))
     for how,o in trips.items(): assert type(o) is ReIDOut and torch.equal(leaf(o), leaf(out)), how
-    assert len(leaves)==(4 if lists else 3)
+    assert len(leaves) in (1, 4 if lists else 3) # older torch (2.6) keeps a subclass of a named tuple whole
 
 def test_reidout_shows_shapes():
     assert repr(an_out())=='ReIDOut(logits=(2, 3), feat=(2, 4), emb=(2, 5))'
