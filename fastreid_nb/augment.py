@@ -174,7 +174,7 @@ def pk_batches(
         out.append(np.concatenate([groups[i][left[i]] for i in pick]))
     return np.stack(out)
 
-# %% ../nbs/01_augment.ipynb #19207ec9
+# %% ../nbs/01_augment.ipynb #b61d6a28
 class ReIDDataset:
     "Rows of a split as (picture, identity, camera)"
     n_inp = 1
@@ -186,10 +186,11 @@ class ReIDDataset:
         self.preproc,self.paths,self.camid = preproc,df.path.to_numpy(),df.camid.to_numpy()
         self.pid = df.pid.to_numpy() if pids is None else np.searchsorted(pids, df.pid.to_numpy())
 
+    def new_empty(self): return type(self)(pd.DataFrame(dict(path=[], pid=[], camid=[])), self.preproc) # `Learner.export` asks for it
     def __len__(self): return len(self.paths)
     def __getitem__(self, i): return self.preproc.load(self.paths[i]), TensorCategory(int(self.pid[i])), TensorCategory(int(self.camid[i]))
 
-# %% ../nbs/01_augment.ipynb #a8e9afdf
+# %% ../nbs/01_augment.ipynb #eda284a0
 class PKLoader(TfmdDL):
     "Training batches of `p` identities × `k` pictures, augmented the same for a seed whatever the number of workers"
     def __init__(self,
@@ -198,18 +199,20 @@ class PKLoader(TfmdDL):
         k:int=4, # Pictures of each
         augs:list=(), # Functions `aug(x, rng)` of a (3,H,W) uint8 tensor, applied in order
         seed:int=0, # Of batches and augmentation
+        batches:callable=pk_batches, # `(pids, p, k, rng) → (B, p·k)` rows: one epoch, always of the same length
         **kwargs, # Passed to fastai's `TfmdDL`
     ):
-        self.p,self.k,self.augs,self.seed,self.epoch = p,k,list(augs),seed,0
-        self.n_batches = pk_len(np.unique(dataset.pid, return_counts=True)[1], p, k)
+        self.p,self.k,self.augs,self.seed,self.batches = p,k,list(augs),seed,batches
+        self.epoch = self._epoch = 0
+        self.n_batches = len(self._draw(dataset.pid)) if len(dataset) else 0
         super().__init__(dataset, **{**kwargs, 'bs':p*k, 'shuffle':False, 'drop_last':True})
 
     def __len__(self): return self.n_batches
+    def _draw(self, pids): return self.batches(pids, self.p, self.k, np.random.default_rng([self.seed,self._epoch]))
 
     def get_idxs(self):
         self._epoch,self.epoch = self.epoch,self.epoch+1
-        idxs = pk_batches(self.dataset.pid, self.p, self.k, np.random.default_rng([self.seed,self._epoch])).ravel()
-        return list(enumerate(idxs.tolist()))
+        return list(enumerate(self._draw(self.dataset.pid).ravel().tolist()))
 
     def create_item(self, s):
         pos,i = (0,0) if s is None else s
@@ -220,9 +223,9 @@ class PKLoader(TfmdDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is not None or cls is not None or not kwargs.get('shuffle', True): return super().new(dataset, cls or TfmdDL, **kwargs)
-        return super().new(dataset, cls, **{**dict(p=self.p, k=self.k, augs=self.augs, seed=self.seed), **kwargs})
+        return super().new(dataset, cls, **{**dict(p=self.p, k=self.k, augs=self.augs, seed=self.seed, batches=self.batches), **kwargs})
 
-# %% ../nbs/01_augment.ipynb #bee6ec77
+# %% ../nbs/01_augment.ipynb #f5c291e7
 def plain_dl(
     df:pd.DataFrame, # A split
     preproc:Preproc, # How to read a picture
@@ -245,14 +248,16 @@ def reid_dls(
     num_workers:int=None, # Processes; by default fastai's choice
     seed:int=0, # Of batches and augmentation
     batch_tfms:list=None, # fastai transforms of the float batch
+    batches:callable=pk_batches, # How an epoch is drawn, as in `PKLoader`
     device:str|torch.device=None, # By default fastai's choice
 )->DataLoaders: # With attributes `data`, `preproc` and `pids`
     "fastai DataLoaders: P×K training batches, and queries then gallery for validation"
     if not len(data.train): raise ValueError(f'{data.name!r} has no training pictures: expected two identities or more')
+    if (data.train.pid<0).any(): raise ValueError(f'{(data.train.pid<0).sum()} training rows of {data.name!r} have pid -1: a distractor is no class, leave them out')
     if not len(data.query) or not len(data.gallery): raise ValueError(f'{data.name!r} has no query or gallery: give a test split, or cut one with data.holdout()')
     preproc,device = preproc or Preproc(size),device or default_device()
     pids = np.unique(data.train.pid).tolist()
-    train = PKLoader(ReIDDataset(data.train, preproc, pids), p, k, bagtricks_augs if augs is None else augs, seed,
+    train = PKLoader(ReIDDataset(data.train, preproc, pids), p, k, bagtricks_augs if augs is None else augs, seed, batches,
         num_workers=num_workers, after_batch=[IntToFloatTensor, *(batch_tfms or [])], device=device)
     dls = DataLoaders(train, plain_dl(pd.concat([data.query, data.gallery]), preproc, val_bs, num_workers, device), device=device)
     dls.data,dls.preproc,dls.pids = data,preproc,pids

@@ -82,7 +82,7 @@ def weights_url(
     if depth in _ibn_hash: return _ibn_url.format(depth, _ibn_hash[depth])
     raise ValueError(f'no ImageNet weights are published for IBN depth {depth}: the depths are {list(_ibn_hash)}')
 
-# %% ../nbs/02_backbone.ipynb #65c2d12f
+# %% ../nbs/02_backbone.ipynb #0e1cb082
 def _download(url):
     dst = Path(torch.hub.get_dir())/'checkpoints'/url.rpartition('/')[2]
     try:
@@ -91,7 +91,7 @@ def _download(url):
             torch.hub.download_url_to_file(url, str(dst), hash_prefix=dst.stem.rpartition('-')[2])
     except OSError as e:
         raise FileNotFoundError(f'cannot download the ImageNet weights {url} ({e}). Connect to the network, put the '
-            f'file at {dst}, give pretrained="path/to/a/file", or start untrained with pretrained=False') from e
+            f'file at {dst}, give pretrained="path/to/a/file", or start untrained with pretrained=False (on the command line: --weights none)') from e
     return dst
 
 def _read_state(path):

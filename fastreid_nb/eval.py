@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fastcore.basics import patch
 
-# %% ../nbs/07_eval.ipynb #e356303f
+# %% ../nbs/07_eval.ipynb #4ef69f13
 def _table(x, what):
     "The table behind `x`: a DataFrame, `Features`, or a dict of columns"
     df = pd.DataFrame(getattr(x, 'df', x)).reset_index(drop=True)
@@ -29,7 +29,7 @@ def _cams_known(q, g):
     "Cameras are known when both tables name them, none is negative, and there are at least two"
     if 'camid' not in q or 'camid' not in g: return False
     cams = np.union1d(q.camid, g.camid)
-    return len(cams)>1 and cams.min()>=0
+    return len(cams)>1 and (not np.issubdtype(cams.dtype, np.number) or cams.min()>=0)
 
 def _check(q, g, protocol=None):
     "Tables of `q` and `g`, and the protocol to use"
@@ -42,14 +42,14 @@ def _check(q, g, protocol=None):
         f'{n} of {len(q)} queries have a negative pid: -1 marks a distractor, which belongs in the gallery')
     return q,g,protocol
 
-# %% ../nbs/07_eval.ipynb #6d785563
+# %% ../nbs/07_eval.ipynb #93144189
 _alone,_samecam = 'no other picture of the identity','only same-camera pictures'
 
 def _source(q, g, protocol):
     "What counts as the same source, as codes: the camera for market, the file for no_camera"
-    if protocol=='market': return q.camid.to_numpy(),g.camid.to_numpy()
-    if 'path' not in q or 'path' not in g: return np.zeros(len(q), int),np.ones(len(g), int)
-    codes = pd.factorize(pd.concat([q.path,g.path]).astype(str))[0]
+    col = 'camid' if protocol=='market' else 'path'
+    if col not in q or col not in g: return np.zeros(len(q), int),np.ones(len(g), int)
+    codes = pd.factorize(pd.concat([q[col],g[col]]).astype(str))[0]
     return codes[:len(q)],codes[len(q):]
 
 def _why_dropped(q, g, q_src, g_src, protocol):
@@ -140,7 +140,7 @@ def _repr_html_(self:ReIDResult):
     rows = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{v}</td></tr>' for k,v in _lines(self).items())
     return f'<table>{rows}</table>'
 
-# %% ../nbs/07_eval.ipynb #d642bc7b
+# %% ../nbs/07_eval.ipynb #6d329179
 def rank_dist(
     dist:torch.Tensor|Callable, # Distances (Q,G), smaller is closer; or a function: positions of some queries → their rows
     q:pd.DataFrame, # Q rows with `pid` and, if known, `camid` and `path`; `Features` or a dict of columns will do
@@ -159,7 +159,7 @@ def rank_dist(
     res = [np.full(nq, np.nan), np.full(nq, np.nan), np.zeros(nq, int), np.full((nq,k), -1), np.full((nq,k), np.nan, np.float32)]
     for pos in torch.from_numpy(np.flatnonzero(why=='')).split(chunk or max(1, 2**22//len(g))):
         d,i = rows(pos),pos.numpy()
-        q_pid,g_pid,q_src,g_src = (torch.as_tensor(np.array(o), device=d.device) for o in (q.pid[i], g.pid, src[0][i], src[1]))
+        q_pid,g_pid,q_src,g_src = (torch.as_tensor(np.array(o, dtype=np.int64), device=d.device) for o in (q.pid[i], g.pid, src[0][i], src[1]))
         match = q_pid[:,None]==g_pid
         for o,val in zip(res, _rank_rows(d, match, match & (q_src[:,None]==g_src), k)): o[i] = val
     res[4][res[3]<0] = np.nan

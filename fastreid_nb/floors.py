@@ -7,12 +7,13 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/floors.html.md"""
 # %% auto #0
 __all__ = ['raw_pixels', 'color_hist', 'features_from', 'floor_scores']
 
-# %% ../nbs/07d_floors.ipynb #75bf8e2b
+# %% ../nbs/07d_floors.ipynb #bb26a2a1
 import numpy as np, pandas as pd
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image
+from fastprogress.fastprogress import progress_bar
 from .data import ReIDData, open_image, to_rgb
 from .features import Features, cosine_dist, evaluate
 
@@ -43,24 +44,28 @@ def color_hist(
     counts = np.concatenate([np.bincount(o.ravel(), minlength=n) for o in np.array_split(code, stripes)])
     return np.sqrt(counts/code.size).astype(np.float32)
 
-# %% ../nbs/07d_floors.ipynb #2d39c9ac
+# %% ../nbs/07d_floors.ipynb #1d649d03
 def features_from(
     f:Callable, # Path of a picture → vector, always of the same length
     df:pd.DataFrame, # Split with a column `path`
     n_workers:int=4, # Threads
+    progress:bool=False, # Show a bar?
 )->Features: # One row per row of `df`
     "Features by a function of your own"
     if not len(df): raise ValueError('an empty table: expected one row or more')
-    with ThreadPoolExecutor(n_workers) as ex: vecs = list(ex.map(f, df.path))
+    with ThreadPoolExecutor(n_workers) as ex:
+        vecs = ex.map(f, df.path)
+        vecs = list(progress_bar(vecs, total=len(df), leave=False) if progress else vecs)
     if len(sizes := {np.shape(o) for o in vecs})>1: raise ValueError(f'vectors of shapes {sorted(sizes)}: expected one shape for all pictures')
     return Features(np.stack(vecs), df)
 
-# %% ../nbs/07d_floors.ipynb #fb434494
+# %% ../nbs/07d_floors.ipynb #f2f5ab34
 def floor_scores(
     data:ReIDData, # Its `query` and `gallery` are scored
     dist:Callable=cosine_dist, # (Q,D),(G,D) → (Q,G), smaller is closer
+    progress:bool=False, # Show bars?
 )->pd.DataFrame: # Rows 'raw pixels' and 'colour histogram', columns `mAP`, `mINP` and `rank-1`, in [0,1]
     "What the query and gallery of `data` score without any training"
     floors = {'raw pixels':raw_pixels, 'colour histogram':color_hist}
-    res = {k: evaluate(*[features_from(f, o) for o in (data.query,data.gallery)], dist, data.protocol).to_dict() for k,f in floors.items()}
+    res = {k: evaluate(*[features_from(f, o, progress=progress) for o in (data.query,data.gallery)], dist, data.protocol).to_dict() for k,f in floors.items()}
     return pd.DataFrame(res).T[['mAP','mINP','rank-1']].astype(float)

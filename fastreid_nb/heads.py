@@ -208,7 +208,7 @@ def reid_model(
     model.recipe = dict(n_pids=int(n_pids), **pieces, mean=[float(o) for o in mean], std=[float(o) for o in std])
     return model
 
-# %% ../nbs/04_heads.ipynb #589ebba6
+# %% ../nbs/04_heads.ipynb #6c6d5b8d
 def _find(name, spec):
     if spec is None: raise ValueError(f'the recipe does not say how its {name} was made (it came as a ready module or with '
         'arguments that are not plain Python): build the model yourself and pass it')
@@ -225,5 +225,6 @@ def model_from_recipe(
     recipe:dict, # `recipe` of a model made by `reid_model`
 )->ReIDModel: # The same architecture with new weights
     "Rebuild a model from its recipe, running nothing but this library"
+    if not isinstance(recipe, dict): raise ValueError('no recipe: this model was not put together by reid_model; build it yourself and pass it')
     pieces = {k:_find(k, recipe[k]) for k in ('backbone','pool','head')}
     return reid_model(recipe['n_pids'], **pieces, mean=recipe['mean'], std=recipe['std'])

@@ -7,8 +7,8 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/toy.html.md"""
 # %% auto #0
 __all__ = ['skins', 'hairs', 'patterns', 'toy_person', 'draw_person', 'toy_camera', 'toy_photo', 'toy_reid']
 
-# %% ../nbs/00a_toy.ipynb #e7fa6275
-import colorsys, hashlib, json, os, tempfile
+# %% ../nbs/00a_toy.ipynb #a65355c1
+import colorsys, contextlib, hashlib, json, os, tempfile
 from pathlib import Path
 from .data import ReIDData, market1501, market_dirs
 
@@ -152,7 +152,7 @@ def toy_photo(
     x = (np.asarray(im)/255*light).clip(0,1)**camera['gamma']+rng.normal(0, camera['noise'], (*size,3))
     return Image.fromarray((x.clip(0,1)*255).astype(np.uint8))
 
-# %% ../nbs/00a_toy.ipynb #d3a7bc54
+# %% ../nbs/00a_toy.ipynb #fd0fb97d
 _version = 1 # of the drawing, part of the folder's name
 
 def _draw_split(path, ids, cams, n_per_cam, test, kw, seed, bar):
@@ -194,8 +194,9 @@ def toy_reid(
     base = Path(fastai_path('data') if path is None else path)
     dst = base/f'toy_reid_{n_ids}x{n_cams}x{n_per_cam}_{key}'
     if not dst.is_dir():
-        base.mkdir(parents=True, exist_ok=True)
+        try: base.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise OSError(e.errno, f'cannot write to {base} ({e.strerror}): give another folder for the pictures') from e
         with tempfile.TemporaryDirectory(dir=base) as d:
             _draw(Path(d)/'set', **args, progress=progress)
-            if not dst.is_dir(): os.rename(Path(d)/'set', dst)
+            with contextlib.suppress(OSError): os.rename(Path(d)/'set', dst)  # another process may have been faster
     return market1501(dst, name='toy')

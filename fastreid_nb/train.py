@@ -19,8 +19,8 @@ from .pooling import GeM
 from .heads import BNNeckHead, ReIDModel, model_from_recipe, reid_model
 from .losses import CrossEntropy, ReIDLoss, TripletLoss
 
-# %% ../nbs/06_train.ipynb #e1fc0c00
-import torch
+# %% ../nbs/06_train.ipynb #9bd829f3
+import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, SchedNo, combine_scheds
@@ -46,13 +46,13 @@ def warmup_flat_cos(
     if cut>0: rest = combine_scheds([cut, 1-cut], [SchedNo(lr, lr), rest])
     return combine_scheds([warmup, 1-warmup], [SchedLin(lr*start, lr), rest]) if warmup>0 else rest
 
-# %% ../nbs/06_train.ipynb #88d3e2a7
+# %% ../nbs/06_train.ipynb #647895e6
 def best_dtype(
     device:str|torch.device, # Where the model is
 )->torch.dtype: # float32 where half precision would not pay
     "Fastest safe precision of a device: bfloat16 if it has instructions for it, else float16 on CUDA, else float32"
     kind = torch.device(device).type
-    if kind=='cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if kind=='cuda': return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     has = lambda o: getattr(torch.cpu, f'_is_{o}_supported', lambda: False)()
     return torch.bfloat16 if kind=='cpu' and (has('avx512_bf16') or has('amx_tile')) else torch.float32
 
@@ -63,7 +63,7 @@ class Amp(MixedPrecision):
         dtype:torch.dtype=None, # bfloat16, float16 (CUDA only) or float32; by default `best_dtype`
     ):
         super().__init__()
-        self.dtype,self.hooks = dtype,[]
+        self.dtype,self.hooks,self.n_in = dtype,[],0
 
     def before_fit(self):
         device = next(self.model.parameters()).device
@@ -73,8 +73,13 @@ class Amp(MixedPrecision):
         self.autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype!=torch.float32)
         self.hooks = [self.model.register_forward_pre_hook(self._enter), self.model.register_forward_hook(self._exit, always_call=True)]
 
-    def _enter(self, *args): self.autocast.__enter__()
-    def _exit(self, *args): self.autocast.__exit__(None, None, None)
+    def _enter(self, *args):
+        self.autocast.__enter__()
+        self.n_in += 1
+
+    def _exit(self, *args):
+        self.autocast.__exit__(None, None, None)
+        self.n_in -= 1
     def before_batch(self): pass
     def after_loss(self): pass
     def after_fit(self):
@@ -82,7 +87,8 @@ class Amp(MixedPrecision):
         super().after_fit()
 
     def undo(self):
-        "Take the hooks off the model"
+        "Take the hooks off the model, and leave autocast if Ctrl-C came in the middle of it"
+        while self.n_in: self._exit()
         for o in self.hooks: o.remove()
         self.hooks = []
 
@@ -114,7 +120,7 @@ class FreezeBackbone(Callback):
         if self.net.training: self.net.backbone.train()
         self.was = None
 
-# %% ../nbs/06_train.ipynb #716ad8dc
+# %% ../nbs/06_train.ipynb #dcba8e1d
 class ReIDLearner(Learner):
     "A `Learner` whose callbacks are undone on every exit from a fit, errors and Ctrl-C included"
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
@@ -124,10 +130,16 @@ class ReIDLearner(Learner):
             for o in [*self.cbs, *cbs]:
                 if 'undo' in dir(type(o)): o.undo()
 
+    def add_cb(self, cb):
+        "Add a callback; of two that set the precision the later one is kept"
+        if isinstance(cb, MixedPrecision): self.remove_cbs([o for o in self.cbs if isinstance(o, MixedPrecision)])
+        return super().add_cb(cb)
+
 class EpochSeed(Callback):
     "Give each epoch of a learner's life its own seed"
     order,run_valid = -20,False
     n_seen = 0
+    def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder')
     def before_train(self): self.dls.train.epoch = self.n_seen
     def after_train(self): self.n_seen += 1
 
@@ -137,8 +149,8 @@ class SkipValidLoss(Callback):
     def before_batch(self):
         if not self.training: self.learn.yb = ()
 
-# %% ../nbs/06_train.ipynb #6b216df8
-reid_cbs = [EpochSeed, SkipValidLoss] # Callbacks of every learner; `07_eval` adds its own
+# %% ../nbs/06_train.ipynb #54e59922
+reid_cbs = [EpochSeed, SkipValidLoss] # Callbacks of every learner; `07c_inference` adds the scores
 reid_adam = partial(Adam, eps=1e-8, sqr_mom=.999, decouple_wd=False)
 
 def reid_loss()->ReIDLoss: # Cross entropy (smoothing 0.1) + batch-hard triplet (margin 0.3)
@@ -147,12 +159,13 @@ def reid_loss()->ReIDLoss: # Cross entropy (smoothing 0.1) + batch-hard triplet 
 
 def reid_splitter(
     model:ReIDModel, # Model with a `backbone`
+    loss:callable=None, # Its parameters, if it has any, are trained too
 )->list: # Two lists of parameters: backbone, everything else
     "Parameter groups of a re-identification model"
     inside = set(params(model.backbone))
-    return [params(model.backbone), [o for o in params(model) if o not in inside]]
+    return [params(model.backbone), [o for o in params(model) if o not in inside] + (params(loss) if isinstance(loss, nn.Module) else [])]
 
-# %% ../nbs/06_train.ipynb #5d32f2fa
+# %% ../nbs/06_train.ipynb #90aa710f
 def reid_learner(
     dls:DataLoaders, # From `reid_dls`
     backbone:callable=resnet50, # Function, class or partial giving a module with `n_feat`, or such a module
@@ -170,19 +183,23 @@ def reid_learner(
 )->ReIDLearner: # With `reid_cbs` and `Amp` among its callbacks
     "A fastai learner with model, loss, optimiser, mixed precision and scoring set up for re-identification"
     if model is None:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = reid_model(len(dls.pids), backbone, pool, head, dls.preproc.mean, dls.preproc.std)
-    model = model.to(memory_format=torch.channels_last)
+    own = [[round(float(v), 5) for v in o.flatten()] for o in (model.mean,model.std)] if hasattr(model, 'mean') else None
+    want = [[round(float(v), 5) for v in o] for o in (dls.preproc.mean,dls.preproc.std)]
+    if own not in (None,want): raise ValueError(f'the model normalises with {own}, the data with {want}: expected the same mean and std')
+    model,loss = model.to(memory_format=torch.channels_last),loss or reid_loss()
+    if isinstance(loss, nn.Module): loss.to(dls.device)
     cbs = [*(o() for o in reid_cbs), Amp(dtype), *L(cbs)]
-    return ReIDLearner(dls, model, loss or reid_loss(), opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=True, train_bn=False,
-        splitter=reid_splitter, cbs=cbs, path=path)
+    return ReIDLearner(dls, model, loss, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=True, train_bn=False,
+        splitter=partial(reid_splitter, loss=loss), cbs=cbs, path=path)
 
-# %% ../nbs/06_train.ipynb #3a8f1662
+# %% ../nbs/06_train.ipynb #0bc95051
 @patch
 def fit_warmup_cos(self:Learner,
     n_epoch:int, # Epochs
-    lr:float=None, # Learning rate of the flat part; by default the learner's
+    lr:float|slice=None, # Learning rate of the flat part, or `slice(backbone, rest)`; by default the learner's
     warmup_epochs:float=None, # Epochs of warm-up; by default a tenth of all
     flat_epochs:float=None, # Epochs before the cosine begins, warm-up included; by default half of all
     freeze_iters:int=0, # Iterations for which the backbone is left alone
@@ -191,14 +208,14 @@ def fit_warmup_cos(self:Learner,
 ):
     "Fit with linear warm-up, a flat part and a cosine, optionally with the backbone frozen at first"
     if n_epoch<1: raise ValueError(f'{n_epoch} epochs: expected 1 or more')
-    lr = self.lr if lr is None else lr
+    if self.opt is None: self.create_opt()
+    self.opt.set_hyper('lr', self.lr if lr is None else lr)
+    lr = np.array([o['lr'] for o in self.opt.hypers])
     warm,flat = (n_epoch*d if o is None else o for o,d in ((warmup_epochs,.1), (flat_epochs,.5)))
     sched = ParamScheduler({'lr': warmup_flat_cos(lr, warm/n_epoch, flat/n_epoch, end=end)})
-    if self.opt is None: self.create_opt()
-    self.opt.set_hyper('lr', lr)
-    self.fit(n_epoch, lr=lr, cbs=[sched, *([FreezeBackbone(freeze_iters)] if freeze_iters else []), *L(cbs)])
+    self.fit(n_epoch, cbs=[sched, *([FreezeBackbone(freeze_iters)] if freeze_iters else []), *L(cbs)])
 
-# %% ../nbs/06_train.ipynb #b81d24fe
+# %% ../nbs/06_train.ipynb #cfafce76
 @contextlib.contextmanager
 def atomic_path(
     path:str|Path, # File to write
@@ -208,9 +225,10 @@ def atomic_path(
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.touch()
         yield tmp
         os.replace(tmp, path)
-    except OSError as e: raise OSError(e.errno, f'cannot write {path} ({e.strerror}): choose a folder you may write to') from e
+    except OSError as e: raise OSError(e.errno, f'cannot write {path} ({e.strerror or e}): choose a folder you may write to, with room on the disk') from e
     finally:
         with contextlib.suppress(OSError): tmp.unlink()
 
@@ -225,7 +243,7 @@ def save_reid(
     state = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=state, preproc=preproc.to_dict(),
         pids=[int(o) for o in pids], threshold=None if threshold is None else float(threshold))
-    with atomic_path(path) as tmp: torch.save(ck, tmp)
+    with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(ck, f)
 
 @patch
 def save_reid(self:Learner,
@@ -235,7 +253,7 @@ def save_reid(self:Learner,
     "Save the model with its preprocessing and class ids, in one file"
     save_reid(path, self.model, self.dls.preproc, self.dls.pids, threshold)
 
-# %% ../nbs/06_train.ipynb #e18edf3e
+# %% ../nbs/06_train.ipynb #a8ba10be
 def _read_checkpoint(path):
     if not Path(path).is_file(): raise FileNotFoundError(f'no checkpoint {path}')
     try: ck = torch.load(path, map_location='cpu', weights_only=True)
@@ -258,8 +276,13 @@ def load_reid(
 )->ReIDModel: # In evaluation mode, with attributes `preproc`, `pids` and `threshold`
     "Load a model together with its preprocessing"
     ck = _read_checkpoint(path)
-    if model is None: model = model_from_recipe(ck['recipe'])
+    if model is None:
+        try: model = model_from_recipe(ck['recipe'])
+        except (KeyError,TypeError) as e: raise ValueError(
+            f'{path} was written by version {ck["version"]} and cannot be rebuilt by {__version__} ({e}): build the model yourself and pass it') from e
     _check_fit(model, ck['state'], path)
     model.load_state_dict(ck['state'])
+    for k in ('mean','std'):
+        if hasattr(model, k): getattr(model, k).copy_(torch.tensor(ck['preproc'][k]).view(1,-1,1,1))
     model.preproc,model.pids,model.threshold = Preproc.from_dict(ck['preproc']),ck['pids'],ck['threshold']
     return model.to(device, memory_format=torch.channels_last).eval()

@@ -1,9 +1,7 @@
 "Preprocessing, augmentation and P×K batches"
+import pickle
 from functools import partial
-import numpy as np
-import pandas as pd
-import pytest
-import torch
+import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from fastreid_nb.augment import Preproc, bagtricks_augs, erase, hflip, pad_crop, pk_batches, pk_len, plain_dl, reid_dls
 from fastreid_nb.data import ReIDData
@@ -87,8 +85,8 @@ def test_preproc_is_pillow(tmp_path):
         assert (Preproc(size).load(im).permute(1,2,0).numpy()==want).all()
     assert Preproc.from_dict(Preproc((9,8), 'bilinear', (0,0,0), (1,1,1)).to_dict())==Preproc((9,8), 'bilinear', (0,0,0), (1,1,1))
 
-@pytest.mark.parametrize('bad', [np.zeros((4,4,4)), np.zeros((2,3,4,3)), torch.zeros(4,4,3), np.full((4,4,3), 2.), np.full((4,4,3), -.1), 7, np.zeros((4,4), dtype=np.int64),
-    np.full((4,4,3), np.nan)])
+@pytest.mark.parametrize('bad', [np.zeros((4,4,4)), np.zeros((2,3,4,3)), torch.zeros(4,4,3), np.full((4,4,3), 2.), np.full((4,4,3), -.1), 7,
+    np.zeros((4,4), dtype=np.int64), np.full((4,4,3), np.nan)])
 def test_preproc_refuses(bad):
     with pytest.raises(ValueError, match='expected'): Preproc((8,4)).load(bad)
 
@@ -115,6 +113,21 @@ def test_bad_file_in_training_is_named(data, tmp_path, n):
     train.loc[0,'path'] = str(bad)
     dls = reid_dls(ReIDData('x', train, data.query, data.gallery), (64,32), p=9, k=8, num_workers=n)
     with pytest.raises(ValueError, match='broken.jpg'): list(dls.train)
+
+def test_loaders_pickle(data):
+    "Worker processes that are not forked get a pickled loader"
+    dls = reid_dls(data, (64,32), p=3, k=2, num_workers=0)
+    for dl in dls.loaders:
+        copy = pickle.loads(pickle.dumps(dl.dataset))
+        assert torch.equal(copy[1][0], dl.dataset[1][0])
+    assert pickle.loads(pickle.dumps(dls.train.augs))==dls.train.augs
+
+def test_a_new_loader_can_be_copied(data):
+    assert len(reid_dls(data, (64,32), p=3, k=2, num_workers=0).train.new())==len(reid_dls(data, (64,32), p=3, k=2, num_workers=0).train)
+
+def test_distractors_are_no_class(data):
+    train = data.train.assign(pid=data.train.pid.where(data.train.pid>1, -1))
+    with pytest.raises(ValueError, match='a distractor is no class'): reid_dls(ReIDData('x', train, data.query, data.gallery))
 
 def test_empty_tables(data):
     none = data.query.iloc[:0]

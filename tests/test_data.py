@@ -1,7 +1,5 @@
 "Readers, splits and bad input of 00_data"
-import numpy as np
-import pandas as pd
-import pytest
+import numpy as np, pandas as pd, pytest
 from PIL import Image
 from fastreid_nb.data import ReIDData, from_csv, from_df, from_folder, market1501, matchable, open_image, split_query_gallery, to_rgb
 
@@ -149,3 +147,42 @@ def test_add_and_holdout(seed):
     assert j.train.groupby('pid').dsetid.nunique().max()==1 and j.train.groupby('camid').dsetid.nunique().max()==1
     h = j.holdout(.3, seed=seed)
     assert not set(h.train.pid) & set(h.gallery.pid) and h.query.equals(j.holdout(.3, seed=seed).query)
+
+def test_market_names(tmp_path):
+    "Cameras of two digits, other endings, names that say nothing, and a folder without training pictures"
+    for o in ('query/0003_c10s1_000001_00.png', 'bounding_box_test/0003_c2s1_000001_00.JPG', 'bounding_box_test/thumbs.jpg'): pic(tmp_path/o)
+    data = market1501(tmp_path)
+    assert data.query.camid.tolist()==[9] and len(data.gallery)==1 and len(data.train)==0
+    assert data.notes==['1 pictures of gallery have other names and were passed over', 'no bounding_box_train: there is nothing to train on']
+
+def test_query_and_gallery_folders_alone(tmp_path):
+    for s in ('query','gallery'):
+        for i in range(3): pic(tmp_path/s/f'id{i}'/f'{s}.png')
+    assert from_folder(tmp_path).summary().images.tolist()==[0,3,3]
+
+def test_hidden_and_nested_folders(tmp_path):
+    for i in range(4):
+        for c in range(2): pic(tmp_path/f'id{i}'/f'cam{c}'/'a.png')
+    pic(tmp_path/'.cache'/'x.png')
+    data = from_folder(tmp_path)
+    assert sum(map(len, data.splits.values()))==8 and "'id0/cam0' is taken for one identity" in ' '.join(data.notes).replace('id1','id0').replace('id2','id0').replace('id3','id0').replace('cam1','cam0')
+
+def test_small_integers_do_not_wrap():
+    t = lambda: pd.DataFrame(dict(path=[str(i) for i in range(400)], pid=np.arange(400, dtype=np.uint16)//2, camid=np.arange(400, dtype=np.uint8)%2, dsetid='x'))
+    parts = lambda: (t()[:200], t()[200:300], t()[300:])
+    small = [ReIDData('x', *(o.astype(dict(pid='uint8')) for o in parts())) for _ in range(2)]
+    assert (small[0]+small[1]).train.pid.nunique()==200
+
+def test_tables_need_whole_numbers():
+    df = pd.DataFrame(dict(path=['a'], pid=['rex'], camid=[0], dsetid='x'))
+    with pytest.raises(ValueError, match="pid.*expected whole numbers; from_df"): ReIDData('x', df, df, df)
+
+def test_identity_leak_is_noted():
+    df = pd.DataFrame(dict(path=list('abcdef'), pid=[1,1,2,2,2,2], camid=[0,1]*3, split=['train']*3+['query','gallery','gallery']))
+    from fastreid_nb.data import _table_problems
+    assert '1 identities are in training and in the test, first 2' in _table_problems(from_df(df))[1][-1]
+
+def test_same_file_is_no_match():
+    "Without cameras a query that is itself in the gallery is not found by finding itself"
+    df = pd.DataFrame(dict(path=['a','b'], pid=[1,2], camid=0, dsetid='x'))
+    assert not matchable(ReIDData('x', df, df, df)).any()

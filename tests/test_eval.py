@@ -21,11 +21,11 @@ from fastreid_nb.data import ReIDData
 from fastreid_nb.eval import ReIDResult, rank_dist
 from fastreid_nb.features import Features, cosine_dist, euclidean_dist, evaluate, sq_euclidean_dist
 from fastreid_nb.floors import color_hist, features_from, floor_scores, raw_pixels
-from fastreid_nb.heads import BNNeckHead, reid_model
+from fastreid_nb.heads import reid_model
 from fastreid_nb.inference import ScoreReID, embed, eval_mode, evaluate_data, extract
 from fastreid_nb.ranklist import pick_queries
 from fastreid_nb.toy import toy_reid
-from fastreid_nb.train import Amp, reid_learner
+from fastreid_nb.train import reid_learner
 from golden_files import golden_files, missing
 
 # ---- a judge that is slow and simple

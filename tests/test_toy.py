@@ -1,7 +1,6 @@
 "The toy set: repeatable, independent of its size, complete or absent"
 from pathlib import Path
-import numpy as np
-import pytest
+import numpy as np, pytest
 from fastreid_nb.toy import toy_camera, toy_person, toy_photo, toy_reid
 
 def test_counts_and_layout(tmp_path):

@@ -1,16 +1,15 @@
 "Schedules, freezing, precision and checkpoints of 06_train"
-import os
-import numpy as np
-import pytest
-import torch
+from pathlib import Path
+import numpy as np, pytest, torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from fastreid_nb.augment import Preproc, reid_dls
 from fastreid_nb.backbone import resnet18
 from fastreid_nb.heads import ReductionHead, reid_model
 from fastreid_nb.pooling import AvgPool
 from fastreid_nb.toy import toy_reid
-from fastreid_nb.train import Amp, FreezeBackbone, best_dtype, load_reid, reid_learner, save_reid, warmup_flat_cos
+from fastreid_nb.train import FreezeBackbone, best_dtype, load_reid, reid_learner, save_reid, warmup_flat_cos
 
 class TinyNet(nn.Sequential):
     n_feat = 8
@@ -64,9 +63,12 @@ def test_everything_is_undone(learn, exc, event):
     assert not learn.model._forward_hooks and not learn.model._forward_pre_hooks and not torch.is_autocast_enabled('cpu')
     learn.fit(1)
 
-def test_autocast_ends_when_the_model_fails(learn):
-    learn.model.pool.forward = lambda x: 1/0
-    with pytest.raises(ZeroDivisionError): learn.fit(1)
+@pytest.mark.parametrize('exc', [KeyboardInterrupt, ZeroDivisionError])
+def test_autocast_ends_when_the_model_fails(learn, exc):
+    "torch's hooks do not run on Ctrl-C, so `undo` must leave autocast itself"
+    def fail(x): raise exc
+    learn.model.pool.forward = fail
+    with pytest.raises(exc): learn.fit(1)
     assert not torch.is_autocast_enabled('cpu')
 
 @pytest.mark.parametrize('n', [1,3])
@@ -140,14 +142,63 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch, dls):
     f = tmp_path/'m.pt'
     save_reid(f, reid_model(4, TinyNet), dls.preproc)
     old = f.read_bytes()
-    def half(obj, path):
-        path.write_bytes(b'half')
+    def half(obj, file):
+        file.write(b'half')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', half)
     with pytest.raises(OSError, match='No space left.*choose a folder'): save_reid(f, reid_model(4, TinyNet), dls.preproc)
     assert f.read_bytes()==old and len(list(tmp_path.iterdir()))==1
 
-@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid()==0, reason='root may write everywhere')
-def test_read_only_folder(tmp_path, dls):
-    (tmp_path/'ro').mkdir(mode=0o500)
-    with pytest.raises(OSError, match='choose a folder'): save_reid(tmp_path/'ro'/'m.pt', reid_model(4, TinyNet), dls.preproc)
+def test_read_only_folder(tmp_path, monkeypatch, dls):
+    "Root may write nearly everywhere, so where there is no /proc the refusal is played"
+    folder = Path('/proc/self')
+    if not folder.is_dir():
+        folder = tmp_path
+        def refuse(self, *args, **kwargs): raise PermissionError(13, 'Permission denied', str(self))
+        monkeypatch.setattr(Path, 'touch', refuse)
+    with pytest.raises(OSError, match='cannot write .*m.pt.*choose a folder'): save_reid(folder/'m.pt', reid_model(4, TinyNet), dls.preproc)
+    assert list(tmp_path.iterdir())==[]
+
+def test_learning_rates_per_group(learn):
+    "`slice` gives the backbone its own learning rate, along the same curve"
+    seen = []
+    class Watch(Callback):
+        def after_batch(self):
+            if self.training: seen.append([o['lr'] for o in self.opt.hypers])
+    learn.fit_warmup_cos(2, slice(1e-4,1e-3), cbs=Watch())
+    lrs = np.array(seen, dtype=float)
+    assert np.allclose(lrs[:,0]*10, lrs[:,1]) and abs(lrs.max()-1e-3)<1e-6
+
+def test_one_precision_callback(learn):
+    "fastai's `to_bf16` replaces ours instead of standing beside it"
+    learn.to_bf16()
+    assert len([o for o in learn.cbs if isinstance(o, MixedPrecision)])==1
+
+def test_lr_find_does_not_count_as_an_epoch(learn):
+    learn.lr_find(num_it=20, show_plot=False)
+    assert learn.epoch_seed.n_seen==0
+    learn.fit(2)
+    assert learn.epoch_seed.n_seen==2
+
+def test_parameters_of_a_loss_are_trained(dls):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.s = nn.Parameter(torch.ones(1))
+        def forward(self, out, pid, camid): return nn.functional.cross_entropy(self.s*out.logits.float(), pid)
+    l = reid_learner(dls, TinyNet, loss=Scaled())
+    with l.no_bar(), l.no_logging(): l.fit(1, 1e-2)
+    assert l.loss_func.s.item()!=1
+
+def test_normalisation_comes_with_the_data(tmp_path, dls):
+    "A model with another mean is refused for training, and follows its checkpoint when loaded"
+    with pytest.raises(ValueError, match='expected the same mean and std'): reid_learner(dls, model=reid_model(6, TinyNet, mean=(.5,.5,.5)))
+    save_reid(tmp_path/'m.pt', reid_model(6, TinyNet, mean=(.5,.5,.5)), Preproc((32,16), mean=(.5,.5,.5)))
+    assert load_reid(tmp_path/'m.pt', reid_model(6, TinyNet)).mean.flatten().tolist()==[.5,.5,.5]
+
+def test_file_without_recipe_or_of_another_version(tmp_path, dls):
+    model = reid_model(4, resnet18)
+    for recipe,msg in ((None,'no recipe'), ({'n_pids':4},'cannot be rebuilt by'), (model.recipe|dict(pool=dict(fn='fastreid_nb.pooling.GeM', kw=dict(q=1))),'cannot be rebuilt')):
+        model.recipe = recipe
+        save_reid(tmp_path/'m.pt', model, dls.preproc)
+        with pytest.raises(ValueError, match=msg): load_reid(tmp_path/'m.pt')

@@ -1,0 +1,94 @@
+"The command `reid`: what it says when something is wrong, and that it loses nothing"
+from pathlib import Path
+import numpy as np, pandas as pd, pytest
+from PIL import Image
+from fastreid_nb.recipes import read_data, reid_main as main
+from fastreid_nb.toy import toy_reid
+from fastreid_nb.train import load_reid
+
+quick = '--backbone resnet18 --weights none --epochs 1 --size 64x32 --p 3 --k 2 --workers 0'.split()
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    data = toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(64,32), progress=False)
+    return Path(data.train.path[0]).parents[1]
+
+def says(capsys, code, *words):
+    "The one clear sentence (or list) on standard error"
+    assert main([str(o) for o in words])==code
+    err = capsys.readouterr().err
+    assert 'Traceback' not in err
+    return err
+
+def test_help(capsys):
+    assert main(['--help'])==0
+    text = capsys.readouterr().out
+    assert all(o in text for o in ('demo','train','eval'))
+
+@pytest.mark.parametrize('name', ['demo','train','eval'])
+def test_help_of_commands(capsys, name):
+    "Options are listed with their defaults and units"
+    with pytest.raises(SystemExit) as e: main([name, '--help'])
+    text = capsys.readouterr().out
+    assert e.value.code==0 and '--seed' in text and 'default: ' in text
+    assert name=='eval' or 'pixels' in text
+
+def test_wrong_calls(capsys, tmp_path, folder):
+    assert 'expected one of demo, train, eval' in says(capsys, 2, 'trian')
+    assert 'expected a CSV file' in says(capsys, 1, 'train', tmp_path/'nowhere', '--out', tmp_path/'o')
+    assert 'such as 256x128' in says(capsys, 1, 'train', folder, '--size', 'big', '--out', tmp_path/'o')
+    assert 'expected one of resnet18' in says(capsys, 1, 'train', folder, '--backbone', 'resnet9', '--out', tmp_path/'o')
+    assert 'use p=6 or less' in says(capsys, 1, 'train', folder, *quick, '--p', 16, '--out', tmp_path/'o')
+    assert 'no checkpoint' in says(capsys, 1, 'eval', tmp_path/'m.pt', folder, '--out', tmp_path/'o')
+
+def test_output_folder_is_tried_first(capsys, tmp_path, folder):
+    (tmp_path/'file').touch()
+    for words in (['train', folder], ['eval', 'm.pt', folder], ['demo']):
+        assert 'choose a folder you may write to' in says(capsys, 1, *words, '--out', tmp_path/'file'/'out')
+
+def pictures(root, n_ids, n=3):
+    for i in range(n_ids):
+        for j in range(n):
+            (root/f'id {i}').mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng(9*i+j).integers(0, 255, (64,32,3), dtype=np.uint8)).save(root/f'id {i}'/f'{j}.png')
+
+def test_bad_data(capsys, tmp_path):
+    pictures(tmp_path/'one', 1)
+    assert 'train has 1 identity' in says(capsys, 1, 'train', tmp_path/'one', '--test_frac', 0, *quick, '--out', tmp_path/'o')
+    pictures(tmp_path/'single', 6, n=1)
+    assert 'no query or gallery' in says(capsys, 1, 'train', tmp_path/'single', *quick, '--out', tmp_path/'o')
+    pictures(tmp_path/'bad', 6)
+    (tmp_path/'bad'/'id 1'/'1.png').write_bytes(b'')
+    (tmp_path/'bad'/'id 2'/'0.png').write_text('text')
+    err = says(capsys, 1, 'train', tmp_path/'bad', *quick, '--out', tmp_path/'o')
+    assert all(o in err for o in ('2 unreadable', 'id 1', 'id 2', 'skip_bad'))
+    assert main(['train', str(tmp_path/'bad'), '--skip-bad', *quick, '--out', str(tmp_path/'o')])==0
+    assert '2 unreadable pictures skipped' in capsys.readouterr().out
+
+def test_csv_without_cameras(capsys, tmp_path, folder):
+    "The same pictures as a table; protocol no_camera is chosen and said"
+    df = pd.concat(read_data(folder).splits.values())
+    df[['path','pid']].to_csv(tmp_path/'t.csv', index=False)
+    assert main(['train', str(tmp_path/'t.csv'), *quick, '--out', str(tmp_path/'o')])==0
+    out = capsys.readouterr().out
+    assert 'no_camera' in out and 'no split given: 6 identities for training, 2 others' in out
+    assert load_reid(tmp_path/'o'/'model.pt').preproc.size==(64,32)
+
+def test_interrupted_training_keeps_what_was_learnt(capsys, tmp_path, folder, monkeypatch):
+    from fastreid_nb.train import ReIDLearner
+    step,n = ReIDLearner._do_grad_opt,[]
+    def stop(self):
+        step(self)
+        n.append(1)
+        if len(n)==2: raise KeyboardInterrupt
+    monkeypatch.setattr(ReIDLearner, '_do_grad_opt', stop)
+    assert main(['train', str(folder), *quick, '--out', str(tmp_path/'o')])==130
+    assert 'stopped early' in capsys.readouterr().out
+    assert not load_reid(tmp_path/'o'/'model_interrupted.pt').training
+    assert [o.name for o in (tmp_path/'o').iterdir()]==['model_interrupted.pt']
+
+def test_nothing_learnt_nothing_written(capsys, tmp_path, folder):
+    (tmp_path/'o').mkdir()
+    (tmp_path/'o'/'model.pt').write_text('the good one')
+    assert '0 epochs: expected 1 or more' in says(capsys, 1, 'train', folder, *quick, '--epochs', 0, '--out', tmp_path/'o')
+    assert [(o.name,o.read_text()) for o in (tmp_path/'o').iterdir()]==[('model.pt','the good one')]
