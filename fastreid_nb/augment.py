@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from fastai.torch_core import TensorCategory, TensorImage, default_device
 from PIL import Image
 
-# %% ../nbs/01_augment.ipynb #e1022574
+# %% ../nbs/01_augment.ipynb #9e41e0ec
 _filters = dict(nearest=Image.NEAREST, bilinear=Image.BILINEAR, bicubic=Image.BICUBIC, lanczos=Image.LANCZOS)
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Preproc:
     @classmethod
     def from_dict(cls,
         d:dict, # From `to_dict`
-    ): return cls(**d)
+    ):
+        "The object that `to_dict` described"
+        return cls(**d)
 
 # %% ../nbs/01_augment.ipynb #47a966a5
 def _to_uint8(x, what):
@@ -174,7 +176,7 @@ def pk_batches(
         out.append(np.concatenate([groups[i][left[i]] for i in pick]))
     return np.stack(out)
 
-# %% ../nbs/01_augment.ipynb #b61d6a28
+# %% ../nbs/01_augment.ipynb #a0f8110e
 class ReIDDataset:
     "Rows of a split as (picture, identity, camera)"
     n_inp = 1
@@ -186,7 +188,10 @@ class ReIDDataset:
         self.preproc,self.paths,self.camid = preproc,df.path.to_numpy(),df.camid.to_numpy()
         self.pid = df.pid.to_numpy() if pids is None else np.searchsorted(pids, df.pid.to_numpy())
 
-    def new_empty(self): return type(self)(pd.DataFrame(dict(path=[], pid=[], camid=[])), self.preproc) # `Learner.export` asks for it
+    def new_empty(self):
+        "The same without rows; `Learner.export` asks for it"
+        return type(self)(pd.DataFrame(dict(path=[], pid=[], camid=[])), self.preproc)
+
     def __len__(self): return len(self.paths)
     def __getitem__(self, i): return self.preproc.load(self.paths[i]), TensorCategory(int(self.pid[i])), TensorCategory(int(self.camid[i]))
 

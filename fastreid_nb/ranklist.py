@@ -16,13 +16,13 @@ from .data import open_image
 from .eval import ReIDResult
 from .train import atomic_path
 
-# %% ../nbs/07b_ranklist.ipynb #ff663c9d
+# %% ../nbs/07b_ranklist.ipynb #b7a28558
 _blue,_green,_red = '#1f5fbf','#14833b','#c8281e'
 
 @patch
 def plot(self:ReIDResult,
     figsize:tuple=(8,2.8), # (width, height), inches
-)->plt.Figure:
+)->plt.Figure: # Two axes
     "The CMC curve, and a histogram of average precision over the queries"
     fig,(a,b) = plt.subplots(1, 2, figsize=figsize, layout='constrained')
     a.step(range(1, self.max_rank+1), self.cmc, where='mid', color=_blue)
@@ -91,7 +91,7 @@ def _draw(ax, im, color, above, below):
     ax.set_title(above, pad=4, **text)
     ax.set_xlabel(below, labelpad=4, color=color, **text)
 
-# %% ../nbs/07b_ranklist.ipynb #e2fd9368
+# %% ../nbs/07b_ranklist.ipynb #402e4953
 @patch
 def show_ranks(self:ReIDResult,
     n:int=3, # Queries, one row each
@@ -100,7 +100,7 @@ def show_ranks(self:ReIDResult,
     seed:int=0, # For `order='random'`
     save:str|Path=None, # File to write the figure to as well, such as `ranked_list.png`
     width:float=None, # Inches; by default 8, or more to keep every picture 0.6 wide. The height follows from the pictures
-)->plt.Figure:
+)->plt.Figure: # One row of axes per query
     "Ranked lists: the query in blue, then its nearest gallery pictures, right ones in green with ✓ and wrong ones in red with ✗"
     if 'path' not in self.q or 'path' not in self.g: raise ValueError(
         'no column `path` in the tables of query or gallery: give it to `evaluate` or `rank_dist` with the other columns')
