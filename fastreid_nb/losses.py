@@ -92,7 +92,7 @@ def row_dist(
     d = (a-b).pow(2).sum(1)
     return d if squared else d.clamp(min=1e-12).sqrt()
 
-# %% ../nbs/05_losses.ipynb #d558c8a2
+# %% ../nbs/05_losses.ipynb #691ab559
 def batch_hard_triplet(
     x:torch.Tensor, # Features, (B,C), at least float32
     pid:torch.Tensor, # Identity of each row, (B,) int64
@@ -102,7 +102,7 @@ def batch_hard_triplet(
     "Triplet loss with the hardest positive and the hardest negative of every anchor"
     if dist=='cosine': x = F.normalize(x, eps=1e-6)
     pos,neg,has_neg = hardest_pairs(x, pid)
-    d_ap,d_an = (row_dist(x, x[i], squared=dist=='cosine') for i in (pos,neg))
+    d_ap,d_an = (row_dist(x, x.index_select(0, i), squared=dist=='cosine') for i in (pos,neg))   # the gradient of x[i] adds up in random order
     gap = d_ap-d_an
     loss = F.softplus(gap) if margin is None else (gap+margin).clamp(min=0)
     return torch.where(has_neg, loss, 0.).mean()

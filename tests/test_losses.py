@@ -215,3 +215,12 @@ def test_a_class_the_head_does_not_have():
     (lambda: TripletLoss(-1), 'margin'), (lambda: TripletLoss(dist='l1'), 'dist'), (lambda: TripletLoss(on='x'), 'on='), (lambda: ReIDLoss(), 'one term')])
 def test_bad_arguments(make, match):
     with pytest.raises(ValueError, match=match): make()
+
+def test_gradient_is_repeatable():
+    "To the last bit, with several threads and a batch large enough to be shared among them"
+    x,pid,n = torch.randn(64, 512),torch.arange(16).repeat_interleave(4),torch.get_num_threads()
+    x[pid==0] += 20 # everybody's hardest positive is somebody's: sums of many terms
+    torch.set_num_threads(4)
+    try: grads = [torch.autograd.grad(batch_hard_triplet(o, pid), o)[0] for o in (x.clone().requires_grad_() for _ in range(30))]
+    finally: torch.set_num_threads(n)
+    assert all(torch.equal(o, grads[0]) for o in grads)

@@ -1,8 +1,11 @@
 "Run notebooks in a Jupyter kernel and store their outputs, so that training tables and plots look as a reader would see them"
 import os
+from base64 import b64decode, b64encode
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 import nbformat
+from PIL import Image
 from fastcore.script import call_parse
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
@@ -19,6 +22,20 @@ def kernel_env(
     return dict(os.environ, MPLBACKEND='module://matplotlib_inline.backend_inline', PYTHONWARNINGS='ignore', PYTHONPATH=str(root),
         OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'))
 
+def shrink(
+    out:dict, # Output of a cell, changed in place
+    most:int=60_000, # Characters a PNG may have
+):
+    "Store a figure full of photographs as JPEG: as PNG it would be several times as large"
+    png = out.get('data', {}).get('image/png')
+    if not png or len(png)<=most: return
+    Image.open(BytesIO(b64decode(png))).convert('RGB').save(buf := BytesIO(), 'jpeg', quality=80, optimize=True)
+    jpg = b64encode(buf.getvalue()).decode()
+    if len(jpg)>len(png)/2: return
+    for d,v in ((out['data'],jpg), (out.metadata,out.metadata.get('image/png'))):
+        d.pop('image/png', None)
+        if v is not None: d['image/jpeg'] = v
+
 def save_nb(
     fn:Path, # Notebook, rewritten in place
     flags:list, # Flags of cells to run although `tst_flags` has them
@@ -30,6 +47,8 @@ def save_nb(
         if c.cell_type=='code' and c.id not in run: c.metadata['tags'] = ['skip-execution']
     client = NotebookClient(nb, timeout=cfg.cell_timeout, extra_arguments=[retina], resources={'metadata':{'path':str(fn.parent)}})
     client.execute(env=kernel_env(cfg.config_path))
+    for c in nb.cells:
+        for o in c.get('outputs', []): shrink(o)
     nbformat.write(nb, fn)
     nbdev_clean.__wrapped__(str(fn))
 
