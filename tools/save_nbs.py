@@ -26,12 +26,12 @@ def shrink(
     out:dict, # Output of a cell, changed in place
     most:int=60_000, # Characters a PNG may have
 ):
-    "Store a figure full of photographs as JPEG: as PNG it would be several times as large"
+    "Store a figure full of photographs as JPEG: as PNG it would be much larger"
     png = out.get('data', {}).get('image/png')
     if not png or len(png)<=most: return
-    Image.open(BytesIO(b64decode(png))).convert('RGB').save(buf := BytesIO(), 'jpeg', quality=80, optimize=True)
+    Image.open(BytesIO(b64decode(png))).convert('RGB').save(buf := BytesIO(), 'jpeg', quality=72, optimize=True)
     jpg = b64encode(buf.getvalue()).decode()
-    if len(jpg)>len(png)/2: return
+    if len(jpg)>.95*len(png): return
     for d,v in ((out['data'],jpg), (out.metadata,out.metadata.get('image/png'))):
         d.pop('image/png', None)
         if v is not None: d['image/jpeg'] = v
