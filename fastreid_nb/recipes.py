@@ -7,11 +7,10 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.html.md"""
 # %% auto #0
 __all__ = ['reid_commands', 'read_data', 'train_and_report', 'reid_demo', 'reid_train', 'reid_eval', 'reid_main']
 
-# %% ../nbs/14_recipes.ipynb #ad051205
-import os, sys, warnings
+# %% ../nbs/14_recipes.ipynb #6259612f
+import sys, warnings
 from functools import partial
 from pathlib import Path
-os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # a thread that waits by spinning would take the core of a process that reads pictures
 warnings.filterwarnings('ignore', message='.*torch.jit.script|.*chained_assignment') # of libraries at import
 
 # %% ../nbs/14_recipes.ipynb #6451e12e
@@ -58,7 +57,7 @@ def _hw(size):
     except ValueError: raise ValueError(f'size {size!r}: expected height x width in pixels, such as 256x128') from None
     return h,w
 
-# %% ../nbs/14_recipes.ipynb #ad41aaff
+# %% ../nbs/14_recipes.ipynb #3d6e4ca2
 def _percent(rows):
     "Scores in [0,1] as a table in percent"
     return (100*pd.DataFrame(rows).T[['mAP','mINP','rank-1']].astype(float)).round(1).to_string()
@@ -84,7 +83,7 @@ def train_and_report(
     _say('Before training, in percent:', _percent(rows), '')
     try: learn.fit_warmup_cos(epochs, lr, **kwargs)
     except BaseException:
-        if len(learn.recorder.losses):
+        if getattr(learn.recorder, 'losses', []):
             learn.save_reid(out/'model_interrupted.pt')
             _say('', f'stopped early; what was learnt so far is in {out/"model_interrupted.pt"}')
         raise

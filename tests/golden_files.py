@@ -2,7 +2,7 @@
 import os
 from pathlib import Path
 
-import pytest
+import pytest, torch
 
 own = Path(__file__).parent/'golden'
 
@@ -28,3 +28,10 @@ def missing(what):
 def golden_params(pattern)->list:
     "What to parametrise a test over: the files, or one `None` that the test hands to `missing`"
     return [pytest.param(p, id=p.stem) for p in golden_files(pattern)] or [pytest.param(None, id=f'no {pattern}')]
+
+def close(a, b, rel=1e-5, tiny=1e-12):
+    "Assert that `a` equals `b` within `rel` of the largest value of `b`, or `tiny` where all of `b` is 0"
+    a,b = (torch.as_tensor(o).detach().double() for o in (a,b))
+    assert a.shape==b.shape, f'{tuple(a.shape)} is not {tuple(b.shape)}'
+    err = (a-b).abs().max()
+    assert err<=max(rel*b.abs().max(), tiny), f'off by {err:.2g} where the largest value is {b.abs().max():.2g}'

@@ -11,7 +11,7 @@ from fastreid_nb.heads import (BNNeck, BNNeckHead, Classifier, LinearHead, Reduc
                                imagenet_std, model_from_recipe, reid_model)
 from fastreid_nb.losses import CrossEntropy, TripletLoss
 from fastreid_nb.pooling import AvgPool, GeM, MaxPool
-from golden_files import golden_files, missing
+from golden_files import close, golden_files, missing
 
 heads = [LinearHead, BNNeckHead, ReductionHead, partial(BNNeckHead, cosine=True), partial(ReductionHead, n_emb=7, neck=False),
          partial(LinearHead, cosine=True)]
@@ -26,13 +26,6 @@ class Tiny(nn.Module):
     def forward(self, x): return self.conv(x)
 
 def tiny_model(**kwargs): return reid_model(5, Tiny, **kwargs)
-
-def close(a, b, rel=1e-5):
-    "Equal within `rel` of the largest value of `b`"
-    a,b = (torch.as_tensor(o).detach().double() for o in (a,b))
-    assert a.shape==b.shape, f'{tuple(a.shape)} is not {tuple(b.shape)}'
-    err = (a-b).abs().max()/b.abs().max()
-    assert err<=rel, f'off by {err:.2g} of the largest value'
 
 def cases():
     res = [pytest.param(p, c, id=c['tag']) for p in golden_files('embedding_head*.json') for c in json.loads(p.read_text())]

@@ -5,14 +5,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 
 from fastreid_nb.heads import ReIDOut
 from fastreid_nb.losses import CrossEntropy, ReIDLoss, TripletLoss, batch_hard_triplet, hardest_pairs, row_dist, smooth_cross_entropy
-from golden_files import golden_files, golden_params, missing
-
-def close(a, b, rel=1e-5, tiny=1e-12):
-    "Equal within `rel` of the largest value of `b`, or `tiny` where all of `b` is 0"
-    a,b = (torch.as_tensor(o).detach().double() for o in (a,b))
-    assert a.shape==b.shape, f'{tuple(a.shape)} is not {tuple(b.shape)}'
-    err = (a-b).abs().max()
-    assert err<=max(rel*b.abs().max(), tiny), f'off by {err:.2g} where the largest value is {b.abs().max():.2g}'
+from golden_files import close, golden_files, golden_params, missing
 
 def keys(pattern, rx):
     "Every (file, key) of the golden files whose key matches `rx` completely"

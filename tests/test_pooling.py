@@ -5,18 +5,11 @@ from functools import partial
 import numpy as np, pytest, torch
 
 from fastreid_nb.pooling import AvgPool, GeM, MaxPool, full_precision, narrow_to
-from golden_files import golden_files, missing
+from golden_files import close, golden_files, missing
 
 pools = [AvgPool, MaxPool, GeM, partial(GeM, p=1.5, learn=False)]
 built = dict(GlobalAvgPool=AvgPool, FastGlobalAvgPool=AvgPool, GlobalMaxPool=MaxPool,
              GeneralizedMeanPooling=partial(GeM, learn=False), GeneralizedMeanPoolingP=GeM)
-
-def close(a, b, rel=1e-5):
-    "Equal within `rel` of the largest value of `b`"
-    a,b = (torch.as_tensor(o).detach().double() for o in (a,b))
-    assert a.shape==b.shape, f'{tuple(a.shape)} is not {tuple(b.shape)}'
-    err = (a-b).abs().max()/b.abs().max()
-    assert err<=rel, f'off by {err:.2g} of the largest value'
 
 def layers():
     "Every (file, input, layer) of the golden files"
