@@ -7,14 +7,15 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/eval.html.md"""
 # %% auto #0
 __all__ = ['ReIDResult', 'rank_dist']
 
-# %% ../nbs/07_eval.ipynb #676f2d15
+# %% ../nbs/07_eval.ipynb #74c37e05
 import numpy as np, pandas as pd, torch
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fastcore.basics import patch
+from .data import Protocol, as_protocol, choose_protocol
 
-# %% ../nbs/07_eval.ipynb #4ef69f13
+# %% ../nbs/07_eval.ipynb #1e52cd42
 def _table(x, what):
     "The table behind `x`: a DataFrame, `Features`, or a dict of columns"
     df = pd.DataFrame(getattr(x, 'df', x)).reset_index(drop=True)
@@ -25,41 +26,31 @@ def _table(x, what):
         'and keep your own names as `pid_name`')
     return df
 
-def _cams_known(q, g):
-    "Cameras are known when both tables name them, none is negative, and there are at least two"
-    if 'camid' not in q or 'camid' not in g: return False
-    cams = np.union1d(q.camid, g.camid)
-    return len(cams)>1 and (not np.issubdtype(cams.dtype, np.number) or cams.min()>=0)
-
 def _check(q, g, protocol=None):
     "Tables of `q` and `g`, and the protocol to use"
     q,g = _table(q, 'query'),_table(g, 'gallery')
-    if protocol is None: protocol = 'market' if _cams_known(q, g) else 'no_camera'
-    if protocol not in ('market','no_camera'): raise ValueError(f"unknown protocol {protocol!r}: expected 'market' or 'no_camera'")
-    if protocol=='market' and not ('camid' in q and 'camid' in g): raise ValueError(
-        "the 'market' protocol needs a column `camid` in query and gallery: add it, or use 'no_camera'")
+    protocol = as_protocol(choose_protocol(q, g) if protocol is None else protocol)
     if n := int((q.pid<0).sum()): raise ValueError(
         f'{n} of {len(q)} queries have a negative pid: -1 marks a distractor, which belongs in the gallery')
     return q,g,protocol
 
-# %% ../nbs/07_eval.ipynb #93144189
-_alone,_samecam = 'no other picture of the identity','only same-camera pictures'
+# %% ../nbs/07_eval.ipynb #6c520e50
+_alone = 'no other picture of the identity'
 
-def _source(q, g, protocol):
-    "What counts as the same source, as codes: the camera for market, the file for no_camera"
-    col = 'camid' if protocol=='market' else 'path'
-    if col not in q or col not in g: return np.zeros(len(q), int),np.ones(len(g), int)
-    codes = pd.factorize(pd.concat([q[col],g[col]]).astype(str))[0]
-    return codes[:len(q)],codes[len(q):]
+def _kind(protocol):
+    "What the pictures that a protocol removes are called"
+    return {'camid':'same-camera', 'path':'same-file', 'trackid':'same-track'}.get(protocol.source, f'same-{protocol.source}')
 
 def _why_dropped(q, g, q_src, g_src, protocol):
     "For each query '' or why it has no match, and the number of gallery pictures removed for it"
     n = g.pid.value_counts().reindex(q.pid, fill_value=0).to_numpy()
-    ids = pd.MultiIndex.from_arrays([q.pid,q_src])
-    gone = pd.DataFrame(dict(p=g.pid, s=g_src)).value_counts().reindex(ids, fill_value=0).to_numpy()
-    why = np.where(n==0, _alone, np.where(n==gone, _samecam if protocol=='market' else _alone, ''))
+    src = pd.DataFrame(dict(p=g.pid.to_numpy(), s=g_src))
+    own = src.value_counts().reindex(pd.MultiIndex.from_arrays([q.pid,q_src]), fill_value=0).to_numpy()
+    gone = src.s.value_counts().reindex(q_src, fill_value=0).to_numpy() if protocol.anyone else own
+    only = _alone if protocol.source=='path' else f'only {_kind(protocol)} pictures'
+    why = np.where(n==0, _alone, np.where(n==own, only, ''))
     if not (why=='').any(): raise ValueError(f'none of {len(q)} queries can be scored: {_count(why)}. ' + (
-        "Give every camera its own `camid`, or use protocol='no_camera'" if (why==_samecam).all() else
+        f"Give every source its own number in {protocol.source!r}, or use protocol='no_camera'" if (why==only).all() and only!=_alone else
         'Were query and gallery numbered together, and does the gallery hold other pictures of these identities?'))
     return why,gone
 
@@ -81,7 +72,23 @@ def _rank_rows(d, match, gone, k):
     ap = torch.zeros(len(d), dtype=torch.float64).index_add_(0, row, prec)/n
     return ap, n/r[end-1], r[end-n].long(), top.cpu(), d.gather(1, top.clamp_min(0)).float().cpu()
 
-# %% ../nbs/07_eval.ipynb #6437acee
+# %% ../nbs/07_eval.ipynb #b0ffc968
+def _shot_ranks(d, match, gone, g_pid, n):
+    "Rank of the right identity in `n` galleries of one random kept picture per identity, (q,n)"
+    d,match,gone,g_pid = (o.cpu() for o in (d, match, gone, g_pid))
+    alone = torch.arange(len(g_pid))+g_pid.max()+1
+    ids = torch.where(g_pid<0, alone, g_pid).unique(return_inverse=True)[1].expand(d.shape)
+    out,place = torch.zeros(len(d), n, dtype=torch.long),torch.arange(d.shape[1])
+    for i in range(n):
+        luck = torch.randperm(d.shape[1], generator=torch.Generator().manual_seed(i)).expand(d.shape).masked_fill(gone, -1)
+        best = torch.full((len(d), int(ids.max())+1), -1).scatter_reduce(1, ids, luck, 'amax')
+        drawn = ~gone & (luck==best.gather(1, ids))
+        own = (drawn & match).int().argmax(1, keepdim=True)
+        mine = d.gather(1, own)
+        out[:,i] = (drawn & ((d<mine) | (d==mine) & (place<own))).sum(1)+1
+    return out
+
+# %% ../nbs/07_eval.ipynb #a5daeb22
 @dataclass(repr=False, eq=False)
 class ReIDResult:
     "Scores of every query, and their means over the queries that were used"
@@ -93,10 +100,11 @@ class ReIDResult:
     top_dist:np.ndarray # Their distances, (Q,k)
     q:pd.DataFrame # Table of the queries
     g:pd.DataFrame # Table of the gallery
-    protocol:str # 'market' or 'no_camera'
+    protocol:Protocol # What was removed before scoring
     metric:str # Name of the distance
     n_removed:int # Gallery pictures removed by the protocol, summed over queries
     max_rank:int # Length of `cmc`
+    shots:np.ndarray=None # Rank of the right identity in each single-shot gallery, (Q,n) from 1; None if rank-k is taken over the whole gallery
 
     used = property(lambda self: self.why=='')
     mAP = property(lambda self: float(self.ap[self.used].mean()))
@@ -111,14 +119,14 @@ class ReIDResult:
     )->float: # In [0,1]
         "Share of the used queries with a right picture among the first `k`"
         if k<1: raise ValueError(f'ranks count from 1, got k={k}')
-        return float((self.first_match[self.used]<=k).mean())
+        return float(((self.first_match if self.shots is None else self.shots)[self.used]<=k).mean())
 
-# %% ../nbs/07_eval.ipynb #234e60ba
+# %% ../nbs/07_eval.ipynb #01347450
 @patch
 def to_dict(self:ReIDResult)->dict: # Numbers and text only; scores in [0,1]
     "Means and counts, ready for JSON"
     return dict(mAP=self.mAP, mINP=self.mINP, **{f'rank-{k}': self.rank(k) for k in (1,5,10)}, n_queries=self.n_queries, n_used=self.n_used,
-        dropped=self.dropped, n_removed=self.n_removed, n_gallery=len(self.g), protocol=self.protocol, metric=self.metric)
+        dropped=self.dropped, n_removed=self.n_removed, n_gallery=len(self.g), protocol=str(self.protocol), metric=self.metric)
 
 @patch
 def to_df(self:ReIDResult)->pd.DataFrame: # The query table with the columns `ap`, `inp`, `first_match` and `dropped`
@@ -126,10 +134,10 @@ def to_df(self:ReIDResult)->pd.DataFrame: # The query table with the columns `ap
     return self.q.assign(ap=self.ap, inp=self.inp, first_match=self.first_match, dropped=self.why)
 
 def _lines(res):
-    d,kind = res.to_dict(),'same-camera' if res.protocol=='market' else 'same-file'
+    d,draws = res.to_dict(),f', rank-k over {res.protocol.draws} single-shot galleries' if res.protocol.draws else ''
     drops = f'{res.n_queries-res.n_used}' + (f' ({_count(res.why)})' if res.dropped else '')
     return {k: f'{100*d[k]:.1f} %' for k in ('mAP','mINP','rank-1','rank-5','rank-10')} | {'queries used': res.n_used, 'queries dropped': drops,
-        'gallery': f'{len(res.g)} pictures', 'protocol': f'{res.protocol}, {res.n_removed} {kind} pictures removed', 'distance': res.metric}
+        'gallery': f'{len(res.g)} pictures', 'protocol': f'{res.protocol}, {res.n_removed} {_kind(res.protocol)} pictures removed{draws}', 'distance': res.metric}
 
 # %% ../nbs/07_eval.ipynb #29cb26d8
 @patch
@@ -140,12 +148,12 @@ def _repr_html_(self:ReIDResult):
     rows = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{v}</td></tr>' for k,v in _lines(self).items())
     return f'<table>{rows}</table>'
 
-# %% ../nbs/07_eval.ipynb #6d329179
+# %% ../nbs/07_eval.ipynb #280022ea
 def rank_dist(
     dist:torch.Tensor|Callable, # Distances (Q,G), smaller is closer; or a function: positions of some queries → their rows
     q:pd.DataFrame, # Q rows with `pid` and, if known, `camid` and `path`; `Features` or a dict of columns will do
     g:pd.DataFrame, # G rows, likewise
-    protocol:str=None, # 'market' or 'no_camera'; by default 'market' if there are two cameras or more
+    protocol:str|Protocol=None, # A name in `protocols` or your own; by default what `choose_protocol` says
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
     metric:str='given', # Name of the distance, for the table
@@ -153,17 +161,18 @@ def rank_dist(
     "Rank the gallery for every query by `dist` and score the lists"
     q,g,protocol = _check(q, g, protocol)
     if max_rank<1: raise ValueError(f'`max_rank` must be 1 or more, got {max_rank}')
-    rows,src = _rows_of(dist, len(q), len(g)),_source(q, g, protocol)
+    rows,src = _rows_of(dist, len(q), len(g)),protocol.codes(q, g)
     why,gone = _why_dropped(q, g, *src, protocol)
-    nq,k = len(q),min(max_rank, len(g))
-    res = [np.full(nq, np.nan), np.full(nq, np.nan), np.zeros(nq, int), np.full((nq,k), -1), np.full((nq,k), np.nan, np.float32)]
+    nq,k,n = len(q),min(max_rank, len(g)),protocol.draws
+    res = [np.full(nq, np.nan), np.full(nq, np.nan), np.zeros(nq, int), np.full((nq,k), -1), np.full((nq,k), np.nan, np.float32), np.zeros((nq,n), int)]
     for pos in torch.from_numpy(np.flatnonzero(why=='')).split(chunk or max(1, 2**22//len(g))):
         d,i = rows(pos),pos.numpy()
         q_pid,g_pid,q_src,g_src = (torch.as_tensor(np.array(o, dtype=np.int64), device=d.device) for o in (q.pid[i], g.pid, src[0][i], src[1]))
-        match = q_pid[:,None]==g_pid
-        for o,val in zip(res, _rank_rows(d, match, match & (q_src[:,None]==g_src), k)): o[i] = val
+        match,off = q_pid[:,None]==g_pid,q_src[:,None]==g_src
+        off = off if protocol.anyone else off & match
+        for o,val in zip(res, [*_rank_rows(d, match, off, k), *([_shot_ranks(d, match, off, g_pid, n)] if n else [])]): o[i] = val
     res[4][res[3]<0] = np.nan
-    return ReIDResult(*res[:3], why, *res[3:], q, g, protocol, metric, int(gone.sum()), max_rank)
+    return ReIDResult(*res[:3], why, *res[3:5], q, g, protocol, metric, int(gone.sum()), max_rank, res[5] if n else None)
 
 # %% ../nbs/07_eval.ipynb #ad768d80
 def _rows_of(dist, nq, ng):

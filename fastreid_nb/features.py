@@ -7,12 +7,13 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/features.html.md"""
 # %% auto #0
 __all__ = ['cosine_dist', 'sq_euclidean_dist', 'euclidean_dist', 'Features', 'evaluate']
 
-# %% ../nbs/07a_features.ipynb #b76f4805
+# %% ../nbs/07a_features.ipynb #b6a0e7f2
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from collections.abc import Callable
 from pathlib import Path
 from fastcore.basics import patch
+from .data import Protocol
 from .eval import ReIDResult, rank_dist
 from .train import atomic_path
 
@@ -89,7 +90,7 @@ class Features:
     def __len__(self): return len(self.emb)
     def __repr__(self): return f'Features {tuple(self.emb.shape)} of {", ".join(self.df.columns)}'
 
-# %% ../nbs/07a_features.ipynb #0fbfa00a
+# %% ../nbs/07a_features.ipynb #52237226
 def _to_plain(s):
     "Values of column `s` as Python's own types, which can be read back without running code"
     vals = [None if o is pd.NA else o.item() if isinstance(o, np.generic) else o for o in s.tolist()]
@@ -107,8 +108,8 @@ def _to_dtype(s):
 def save(self:Features,
     path:str|Path, # File to write, usually `.pt`; folders are made
 )->Path: # `path`
-    "Write features and table to one file"
-    cols = [(str(k), _to_dtype(v), _to_plain(v)) for k,v in self.df.items()]
+    "Write features and table to one file; pictures in memory, a column `image`, are left out"
+    cols = [(str(k), _to_dtype(v), _to_plain(v)) for k,v in self.df.items() if k!='image']
     with atomic_path(path) as part: torch.save(dict(kind='fastreid_nb.Features', emb=self.emb, cols=cols), part)
     return Path(path)
 
@@ -127,12 +128,12 @@ def load(cls:Features,
     dtype = lambda o: pd.CategoricalDtype(**o) if isinstance(o, dict) else o
     return cls(o['emb'], pd.DataFrame({k: pd.Series(v, dtype=dtype(dt)) for k,dt,v in o['cols']}, index=range(len(o['emb']))))
 
-# %% ../nbs/07a_features.ipynb #516beb95
+# %% ../nbs/07a_features.ipynb #988b7503
 def evaluate(
     q:Features, # Queries
     g:Features, # Gallery
     dist:Callable=cosine_dist, # (Q,D),(G,D) → (Q,G), smaller is closer
-    protocol:str=None, # 'market' or 'no_camera'; by default 'market' if there are two cameras or more
+    protocol:str|Protocol=None, # A name in `protocols` or your own; by default what `choose_protocol` says
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
     device:str|torch.device=None, # Where to compute; by default where the features are
@@ -141,3 +142,16 @@ def evaluate(
     emb,fn = g.emb.to(device),getattr(dist, 'func', dist)   # a `partial` goes by the name of its function
     metric = getattr(fn, '__name__', type(fn).__name__).removesuffix('_dist')
     return rank_dist(lambda i: dist(q.emb[i].to(device), emb), q, g, protocol, max_rank, chunk, metric)
+
+# %% ../nbs/07a_features.ipynb #7a179159
+@patch
+def pool(self:Features,
+    by:list=('dsetid','pid','camid','trackid'), # Columns; rows that agree in those of them the table has become one
+)->Features: # A row for each group, in the order of their first rows; columns of the first row, and `n_pooled`, how many there were
+    "Mean of the unit vectors of every group of rows"
+    cols = [c for c in by if c in self.df]
+    if not cols: raise ValueError(f'no column of {list(by)} in the table, which has {list(self.df)}: name those that make a track')
+    code,first = self.df.groupby(cols, sort=False, dropna=False).ngroup().to_numpy(),~self.df.duplicated(cols).to_numpy()
+    emb = torch.zeros(int(first.sum()), self.emb.shape[1]).index_add_(0, torch.tensor(code), _unit(self.emb))
+    n = np.bincount(code)
+    return Features(emb/torch.tensor(n)[:,None], self.df[first].assign(n_pooled=n))

@@ -7,14 +7,15 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/floors.html.md"""
 # %% auto #0
 __all__ = ['raw_pixels', 'color_hist', 'features_from', 'floor_scores']
 
-# %% ../nbs/07d_floors.ipynb #bb26a2a1
+# %% ../nbs/07d_floors.ipynb #077e560f
 import numpy as np, pandas as pd
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
-from .data import ReIDData, open_image, to_rgb
+from .data import ReIDData
+from .pictures import Pictures, open_image, to_rgb
 from .features import Features, cosine_dist, evaluate
 
 # %% ../nbs/07d_floors.ipynb #09093b56
@@ -44,17 +45,18 @@ def color_hist(
     counts = np.concatenate([np.bincount(o.ravel(), minlength=n) for o in np.array_split(code, stripes)])
     return np.sqrt(counts/code.size).astype(np.float32)
 
-# %% ../nbs/07d_floors.ipynb #1d649d03
+# %% ../nbs/07d_floors.ipynb #cd35a293
 def features_from(
-    f:Callable, # Path of a picture → vector, always of the same length
-    df:pd.DataFrame, # Split with a column `path`
+    f:Callable, # RGB `PIL.Image` → vector, always of the same length
+    df:pd.DataFrame, # Split
     n_workers:int=4, # Threads
     progress:bool=False, # Show a bar?
 )->Features: # One row per row of `df`
     "Features by a function of your own"
     if not len(df): raise ValueError('an empty table: expected one row or more')
+    ps = Pictures(df)
     with ThreadPoolExecutor(n_workers) as ex:
-        vecs = ex.map(f, df.path)
+        vecs = ex.map(lambda i: f(ps[i]), range(len(ps)))
         vecs = list(progress_bar(vecs, total=len(df), leave=False) if progress else vecs)
     if len(sizes := {np.shape(o) for o in vecs})>1: raise ValueError(f'vectors of shapes {sorted(sizes)}: expected one shape for all pictures')
     return Features(np.stack(vecs), df)

@@ -7,12 +7,12 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/ranklist.html.md"""
 # %% auto #0
 __all__ = ['pick_queries']
 
-# %% ../nbs/07b_ranklist.ipynb #0921bbe7
+# %% ../nbs/07b_ranklist.ipynb #9195411c
 import numpy as np, matplotlib.pyplot as plt
 from fastcore.basics import patch
 from itertools import zip_longest
 from pathlib import Path
-from .data import open_image
+from .pictures import Pictures
 from .eval import ReIDResult
 from .train import atomic_path
 
@@ -54,20 +54,25 @@ def pick_queries(
     if order=='mixed': return rows[np.linspace(0, len(rows)-1, n).round().astype(int)]
     return dict(worst=rows[:n], median=rows[(len(rows)-n)//2:][:n], best=rows[::-1][:n])[order]
 
-# %% ../nbs/07b_ranklist.ipynb #399df691
-def _thumb(path, px=256):
-    "The picture at `path`, at most `px` high and wide"
-    im = open_image(path)
+# %% ../nbs/07b_ranklist.ipynb #af91d900
+def _thumb(df, i, px=256):
+    "The picture of row `i`, at most `px` high and wide"
+    im = Pictures(df.iloc[[i]])[0]
     im.thumbnail((px,px))
     return im
 
+def _who(df, i, default=''):
+    "The user's own name for the identity of row `i`, if the table has one"
+    name = str(df.pid_name[i]) if 'pid_name' in df else default
+    return name if len(name)<11 else f'{name[:9]}…'
+
 def _panels(res, row, k):
     "(picture, colour, text above, text below) of query `row` and of its `k` nearest gallery pictures, fewer if there are fewer"
-    panels = [(_thumb(res.q.path[row]), _blue, 'query', f'AP {res.ap[row]:.2f}' if res.used[row] else 'dropped')]
+    panels = [(_thumb(res.q, row), _blue, _who(res.q, row, 'query'), f'AP {res.ap[row]:.2f}' if res.used[row] else 'dropped')]
     for i,(j,d) in enumerate(zip(res.top[row,:k], res.top_dist[row,:k])):
         if j<0: break
         right = res.g.pid[j]==res.q.pid[row]
-        panels.append((_thumb(res.g.path[j]), _green if right else _red, i+1, f"{'✓' if right else '✗'} {d:.{2 if abs(d)<10 else 0}f}"))
+        panels.append((_thumb(res.g, j), _green if right else _red, f'{i+1} {_who(res.g, j)}'.rstrip(), f"{'✓' if right else '✗'} {d:.{2 if abs(d)<10 else 0}f}"))
     return panels
 
 # %% ../nbs/07b_ranklist.ipynb #b16f8d89

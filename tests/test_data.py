@@ -1,7 +1,9 @@
-"Readers, splits and bad input of 00_data"
+"Own data, splits, protocols and pictures: 00_data and 00a_pictures"
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from fastreid_nb.data import ReIDData, from_csv, from_df, from_folder, market1501, matchable, open_image, split_query_gallery, to_rgb
+from fastreid_nb.data import Protocol, ReIDData, as_protocol, from_csv, from_df, from_folder, market1501, matchable
+from fastreid_nb.data import pick_ids, picture_keys, protocols, split_query_gallery
+from fastreid_nb.pictures import Pictures, open_image, read_bytes, to_rgb
 
 def pic(path, seed=0, mode='RGB', size=(16,32), **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def test_odd_names(tmp_path):
     "Spaces, unicode and regex characters in folder and file names"
     for i,o in enumerate(ODD):
         for j in range(3): pic(tmp_path/'my set (1) c1_c2'/o/f'{j} ü[{j}].JPG', i*3+j)
-    data = from_folder(tmp_path/'my set (1) c1_c2', test_frac=.4).check(progress=False)
+    data = from_folder(tmp_path/'my set (1) c1_c2', test_frac=.4)
     assert set(pd.concat(data.splits.values()).pid_name)==set(ODD) and data.protocol=='no_camera'
 
 def test_parent_folder_is_never_read(tmp_path):
@@ -110,79 +112,128 @@ def test_transparency_is_black():
     im = Image.new('RGBA', (4,4), (255,255,255,0))
     assert np.asarray(to_rgb(im)).max()==0
 
-def test_unreadable(tmp_path):
-    "All bad files in one error, or skipped and counted"
-    for i in range(4):
-        for j in range(3): pic(tmp_path/f'id{i}'/f'{j}.jpg', i*3+j)
-    whole = (tmp_path/'id0/0.jpg').read_bytes()
-    (tmp_path/'id0/0.jpg').write_bytes(whole[:len(whole)//2])
-    (tmp_path/'id1/1.jpg').write_bytes(b'')
-    (tmp_path/'id2/2.jpg').write_text('not a picture')
-    data = from_folder(tmp_path, test_frac=.5)
-    with pytest.raises(ValueError) as e: data.check(progress=False)
-    assert all(o in str(e.value) for o in ('3 unreadable', 'id0', 'id1', 'id2', 'skip_bad'))
-    ok = data.check(skip_bad=True, progress=False)
-    assert sum(map(len, ok.splits.values()))==9 and '3 unreadable pictures skipped' in ok.notes[-1]
-
-def test_check_tables():
-    rows = lambda pid,cam: pd.DataFrame(dict(path=[f'{p}_{c}' for p,c in zip(pid,cam)], pid=pid, camid=cam, dsetid='x'))
-    one = ReIDData('one', rows([1,1],[0,1]), rows([2],[0]), rows([2,2],[1,2]))
-    from fastreid_nb.data import _table_problems
-    assert 'train has 1 identity' in _table_problems(one)[0][0]
-    lonely = ReIDData('lonely', rows([1,2],[0,1]), rows([3,4],[0,0]), rows([3,5],[0,1]))
-    assert 'none of 2 queries has a match' in _table_problems(lonely)[0][0]
-    assert 'one picture' in _table_problems(lonely)[1][0]
-    half = ReIDData('half', rows([1,1,2,2],[0,1,0,1]), rows([3,4],[0,0]), rows([3,5],[1,1]))
-    assert _table_problems(half)==([], ['1 of 2 queries have no match in the gallery and will be dropped'])
-    twice = ReIDData('twice', pd.concat([half.train]*2), half.query, half.gallery)
-    assert 'lists 4 files twice' in _table_problems(twice)[0][0]
-
-@pytest.mark.parametrize('seed', range(5))
-def test_add_and_holdout(seed):
-    "Joined sets share no identity and no camera; a holdout is disjoint and deterministic"
+@pytest.mark.parametrize('seed', range(10))
+def test_split_is_stratified(seed):
+    "Each set of cameras keeps its share of the test identities, give or take one"
     rng = np.random.default_rng(seed)
-    a,b,c = (from_df(table(rng, 10, 3, 80), name=o, seed=seed) for o in 'abc')
-    j = a+b+c
-    assert j.train.pid.nunique()==sum(o.train.pid.nunique() for o in (a,b,c)) and j.query.equals(a.query)
-    assert j.train.groupby('pid').dsetid.nunique().max()==1 and j.train.groupby('camid').dsetid.nunique().max()==1
-    h = j.holdout(.3, seed=seed)
-    assert not set(h.train.pid) & set(h.gallery.pid) and h.query.equals(j.holdout(.3, seed=seed).query)
+    cams = [(0,), (0,1), (1,2,3)]
+    kind = rng.integers(3, size=120)
+    df = pd.DataFrame([dict(path=f'{i}_{c}', pid=i, camid=c) for i,k in enumerate(kind) for c in cams[k]])
+    test = pick_ids(df, 36, seed)
+    assert len(set(test))==36
+    got = np.bincount(kind[test], minlength=3)
+    assert np.abs(got-.3*np.bincount(kind, minlength=3)).max()<=1.0001
+    assert not set(test)==set(pick_ids(df, 36, seed+1)) and (pick_ids(df.sample(frac=1, random_state=seed), 36, seed)==test).all()
 
-def test_market_names(tmp_path):
-    "Cameras of two digits, other endings, names that say nothing, and a folder without training pictures"
-    for o in ('query/0003_c10s1_000001_00.png', 'bounding_box_test/0003_c2s1_000001_00.JPG', 'bounding_box_test/thumbs.jpg'): pic(tmp_path/o)
-    data = market1501(tmp_path)
-    assert data.query.camid.tolist()==[9] and len(data.gallery)==1 and len(data.train)==0
-    assert data.notes==['1 pictures of gallery have other names and were passed over', 'no bounding_box_train: there is nothing to train on']
+@pytest.mark.parametrize('n', [0,1,5])
+def test_pick_ids_edges(n):
+    df = pd.DataFrame(dict(pid=[0,1,2,3,4,-1], camid=0))
+    assert len(set(pick_ids(df, n)))==n and -1 not in pick_ids(df, n)
 
-def test_query_and_gallery_folders_alone(tmp_path):
-    for s in ('query','gallery'):
-        for i in range(3): pic(tmp_path/s/f'id{i}'/f'{s}.png')
-    assert from_folder(tmp_path).summary().images.tolist()==[0,3,3]
+def test_column_mapping():
+    "Any names, also when another column already has ours"
+    df = pd.DataFrame(dict(file=['a','b','c','d'], who=list('xxyy'), pid=[9,9,9,9], station=[5,7,5,7]))
+    data = from_df(df, cols=dict(path='file', pid='who', camid='station'), test_frac=.5)
+    rows = pd.concat(data.splits.values())
+    assert set(rows.pid_name)=={'x','y'} and rows.camid.nunique()==2 and sorted(rows.path)==list('abcd')
+    with pytest.raises(ValueError, match=r"cols names \['nobody'\], but the columns are"): from_df(df, cols=dict(pid='nobody'))
+    with pytest.raises(ValueError, match="say what you call them, such as cols=dict"): from_df(df.drop(columns='pid'))
 
-def test_hidden_and_nested_folders(tmp_path):
-    for i in range(4):
-        for c in range(2): pic(tmp_path/f'id{i}'/f'cam{c}'/'a.png')
-    pic(tmp_path/'.cache'/'x.png')
-    data = from_folder(tmp_path)
-    assert sum(map(len, data.splits.values()))==8 and "'id0/cam0' is taken for one identity" in ' '.join(data.notes).replace('id1','id0').replace('id2','id0').replace('id3','id0').replace('cam1','cam0')
+def test_csv_mapping_keeps_text(tmp_path):
+    (tmp_path/'a.csv').write_text('file,who\n' + ''.join(f'{i}.jpg,{p}\n' for i,p in enumerate(['0007','NA','null','7']*2)))
+    rows = pd.concat(from_csv(tmp_path/'a.csv', cols=dict(path='file', pid='who'), test_frac=.5).splits.values())
+    assert set(rows.pid_name)=={'0007','NA','null','7'}
 
-def test_small_integers_do_not_wrap():
-    t = lambda: pd.DataFrame(dict(path=[str(i) for i in range(400)], pid=np.arange(400, dtype=np.uint16)//2, camid=np.arange(400, dtype=np.uint8)%2, dsetid='x'))
-    parts = lambda: (t()[:200], t()[200:300], t()[300:])
-    small = [ReIDData('x', *(o.astype(dict(pid='uint8')) for o in parts())) for _ in range(2)]
-    assert (small[0]+small[1]).train.pid.nunique()==200
+@pytest.mark.parametrize('split,msg', [
+    (['train','train','query','query'], "'gallery' is missing|gallery is missing"), (['train','train',None,'test'], 'split is missing in 1 rows, first in row 2'),
+])
+def test_bad_splits(split, msg):
+    with pytest.raises(ValueError, match=msg): from_df(pd.DataFrame(dict(path=list('abcd'), pid=[1,1,2,2], split=split)))
 
-def test_tables_need_whole_numbers():
-    df = pd.DataFrame(dict(path=['a'], pid=['rex'], camid=[0], dsetid='x'))
-    with pytest.raises(ValueError, match="pid.*expected whole numbers; from_df"): ReIDData('x', df, df, df)
+def test_protocol_is_chosen_and_announced():
+    df = pd.DataFrame(dict(path=[f'{i}' for i in range(12)], pid=[0,1,2]*4))
+    assert from_df(df).protocol=='no_camera' and 'protocol no_camera' in from_df(df).notes[-1]
+    assert from_df(df.assign(camid=[0]*6+[1]*6)).protocol=='market'
+    assert from_df(df.assign(trackid=[0]*6+[1]*6)).protocol=='tracklet'
+    one = from_df(df, protocol='leave_one_out', test_frac=1.)
+    assert len(one.query)==len(one.gallery)==12 and matchable(one).all()
+    assert ReIDData('x', one.train, one.query, one.gallery).protocol=='leave_one_out'
+    with pytest.raises(ValueError, match="protocol 'marked': expected one of market, cross_view"): from_df(df, protocol='marked')
 
-def test_identity_leak_is_noted():
-    df = pd.DataFrame(dict(path=list('abcdef'), pid=[1,1,2,2,2,2], camid=[0,1]*3, split=['train']*3+['query','gallery','gallery']))
-    from fastreid_nb.data import _table_problems
-    assert '1 identities are in training and in the test, first 2' in _table_problems(from_df(df))[1][-1]
+@pytest.mark.parametrize('name', list(protocols))
+@pytest.mark.parametrize('seed', range(4))
+def test_matchable_is_the_definition(name, seed):
+    "Against a loop over all pairs"
+    rng = np.random.default_rng(seed)
+    df = table(rng, 6, 3, 30).assign(trackid=rng.integers(9, size=30))
+    q,g = df.sample(12, random_state=seed),df.sample(15, random_state=seed+1)
+    o = as_protocol(name)
+    src = dict(camid='camid', path='path', trackid='trackid')[o.source]
+    want = [any(a.pid==b.pid and getattr(a, src)!=getattr(b, src) for b in g.itertuples()) for a in q.itertuples()]
+    assert matchable(ReIDData('x', df, q, g, protocol=name)).tolist()==want
 
-def test_same_file_is_no_match():
-    "Without cameras a query that is itself in the gallery is not found by finding itself"
-    df = pd.DataFrame(dict(path=['a','b'], pid=[1,2], camid=0, dsetid='x'))
-    assert not matchable(ReIDData('x', df, df, df)).any()
+def test_own_protocol():
+    df = pd.DataFrame(dict(path=list('abcd'), pid=[1,1,2,2], camid=0, dsetid='x', day=[1,1,1,2]))
+    data = ReIDData('door', df, df, df, Protocol('day', 'day'))
+    assert matchable(data).tolist()==[False,False,True,True] and 'protocol day' in repr(data)
+    with pytest.raises(ValueError, match="needs a column 'day', which query and gallery lack"): ReIDData('x', df, df.drop(columns='day'), df.drop(columns='day'), data.protocol)
+
+def test_unknown_source_equals_nothing():
+    df = pd.DataFrame(dict(path=list('ab'), pid=[1,1], camid=0, dsetid='x', trackid=[None,None]))
+    assert matchable(ReIDData('x', df, df[:1], df[1:], 'tracklet')).tolist()==[True]
+
+@pytest.mark.parametrize('sep', ['/', '\\'])
+def test_zip(tmp_path, sep):
+    "Members are read in place, by name, and from a forked or threaded reader alike"
+    import zipfile
+    from concurrent.futures import ThreadPoolExecutor
+    for i in range(30): pic(tmp_path/'in'/ODD[i%5]/f'{i} ü.png', i)
+    files = sorted((tmp_path/'in').rglob('*.png'))
+    with zipfile.ZipFile(tmp_path/'a b.ZIP', 'w') as z:
+        for f in files: z.write(f, f.relative_to(tmp_path/'in').as_posix())
+    data = from_folder(tmp_path/'a b.ZIP', test_frac=0.)
+    assert set(data.train.pid_name)==set(ODD)
+    with ThreadPoolExecutor(8) as ex: got = list(ex.map(lambda p: open_image(p.replace('ZIP/', 'ZIP'+sep)).tobytes(), data.train.path))
+    assert got==[open_image(f).tobytes() for f in files]
+    with pytest.raises(FileNotFoundError, match='none.png'): open_image(tmp_path/'a b.ZIP'/'none.png')
+
+def test_folder_called_zip(tmp_path):
+    pic(tmp_path/'set.zip'/'ada'/'1.png')
+    assert read_bytes(tmp_path/'set.zip'/'ada'/'1.png')==(tmp_path/'set.zip/ada/1.png').read_bytes()
+
+def test_links(tmp_path):
+    "Linked folders are read, and a loop ends"
+    for i in range(3): pic(tmp_path/'far'/f'id{i}'/'0.png', i)
+    (tmp_path/'set').mkdir()
+    (tmp_path/'set/near').symlink_to(tmp_path/'far')
+    (tmp_path/'far/back').symlink_to(tmp_path/'set')
+    assert sorted(from_folder(tmp_path/'set', test_frac=0.).train.pid_name)==['near/id0','near/id1','near/id2']
+
+def test_pictures_in_memory_and_boxes(tmp_path):
+    im = np.random.default_rng(0).integers(0, 255, (40,30,3), dtype=np.uint8)
+    Image.fromarray(im).save(tmp_path/'f.png')
+    df = pd.DataFrame(dict(image=[im, Image.fromarray(im), (tmp_path/'f.png').read_bytes(), None], path=['a','b','c',str(tmp_path/'f.png')]))
+    ps = Pictures(df)
+    assert all(np.array_equal(np.asarray(ps[i]), im) for i in range(4)) and len(ps)==4
+    boxed = Pictures(df.assign(x=2, y=[3,3,3,-4], w=10, h=[5,5,100,9]))
+    assert [boxed[i].size for i in range(4)]==[(10,5),(10,5),(10,37),(10,5)]
+    assert np.array_equal(np.asarray(boxed[1]), im[3:8,2:12])
+    assert picture_keys(df.assign(path='same', x=[1,1,2,2], y=0, w=1, h=1)).nunique()==2
+    data = from_df(df[['image']].assign(pid=[0,0,1,1]), test_frac=.5)
+    assert Pictures(data.train)[0].size==(30,40)
+
+@pytest.mark.parametrize('box', [dict(w=0), dict(w=-3), dict(x=None), dict(h='tall'), dict(y=float('inf'))])
+def test_bad_boxes(box):
+    df = pd.DataFrame(dict(path=['a','b'], x=1, y=1, w=5, h=5)).astype(object)
+    for k,v in box.items(): df.loc[1,k] = v
+    with pytest.raises(ValueError, match='1 boxes are no boxes, first in row 1'): Pictures(df)
+
+def test_bad_picture_names_the_row_in_memory():
+    with pytest.raises(ValueError, match='cannot read the picture row 7'): Pictures(pd.DataFrame(dict(path=['row 7'], image=[b'nonsense'])))[0]
+
+def test_market_distractors(tmp_path):
+    for o in ('bounding_box_train','query','bounding_box_test'): pic(tmp_path/o/'0005_c3s1_000001_00.jpg')
+    with pytest.raises(FileNotFoundError, match='images'): market1501(tmp_path, distractors=True)
+    for i in range(3): pic(tmp_path/'images'/f'{i:08d}.jpg')
+    data = market1501(tmp_path, distractors=True)
+    assert data.gallery.pid.tolist()==[5,-1,-1,-1] and data.summary().distractors.tolist()==[0,0,3]
