@@ -1,7 +1,17 @@
 "Every public name, for `from fastreid_nb.all import *`"
 from .data import *
+from .pictures import *
 from .toy import *
+from .readers import *
+from .copies import *
+from .doctor import *
+from .balance import *
+from .preproc import *
 from .augment import *
+from .geometry import *
+from .policies import *
+from .occlusion import *
+from .samplers import *
 from .backbone import *
 from .pooling import *
 from .heads import *

@@ -13,16 +13,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-# %% ../nbs/00d_balance.ipynb #7295ba01
+# %% ../nbs/00d_balance.ipynb #4a47236f
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .data import ReIDData, id_order, pick_ids, picture_keys, split_query_gallery
+from .data import ReIDData, id_order, pick_ids, picture_keys, query_tables
 
-# %% ../nbs/00d_balance.ipynb #0875f38f
-def _carve(data, ids, name):
+# %% ../nbs/00d_balance.ipynb #6960af35
+def _carve(data, ids, name, seed):
     "`data` with the training identities `ids` as its query and gallery"
     out = data.train.pid.isin(ids)
-    q,g = split_query_gallery(data.train[out].reset_index(drop=True))
+    q,g = query_tables(data.train[out], data.protocol, seed)
     return ReIDData(name, data.train[~out].reset_index(drop=True), q, g, data.protocol, [*data.notes])
 
 @patch
@@ -34,9 +34,9 @@ def holdout(self:ReIDData,
     ids = self.train.pid.nunique()
     n = round(ids*frac)
     if not 1<=n<=ids-2: raise ValueError(f'holdout of {frac} of {ids} identities: expected 1 or more set aside and 2 or more left')
-    return _carve(self, pick_ids(self.train, n, seed), f'{self.name}-holdout')
+    return _carve(self, pick_ids(self.train, n, seed), f'{self.name}-holdout', seed)
 
-# %% ../nbs/00d_balance.ipynb #41e5fff2
+# %% ../nbs/00d_balance.ipynb #0629bdd6
 @patch
 def folds(self:ReIDData,
     k:int=5, # Folds, 2 or more
@@ -45,7 +45,7 @@ def folds(self:ReIDData,
     "Divide the training identities into `k` parts, each the test of one data set"
     ids = id_order(self.train, seed)
     if not 2<=k<=len(ids)//2: raise ValueError(f'{k} folds of {len(ids)} identities: expected 2 to {len(ids)//2}, so that each fold tests 2 identities or more')
-    return (_carve(self, ids[i::k], f'{self.name}-fold{i}') for i in range(k))
+    return (_carve(self, ids[i::k], f'{self.name}-fold{i}', seed) for i in range(k))
 
 # %% ../nbs/00d_balance.ipynb #f97b9742
 @patch
@@ -74,7 +74,7 @@ def combine_all(self:ReIDData)->ReIDData: # Same name with '-all'; query and gal
     df = df[(df.pid>=0) & ~picture_keys(df).duplicated()].reset_index(drop=True)
     return replace(self, name=f'{self.name}-all', train=df, notes=[*self.notes, 'query and gallery are in training: scores on them say nothing'])
 
-# %% ../nbs/00d_balance.ipynb #ad79fb7f
+# %% ../nbs/00d_balance.ipynb #789726a3
 @patch
 def plot_counts(self:ReIDData,
     split:str='train', # 'train', 'query' or 'gallery'
@@ -85,6 +85,7 @@ def plot_counts(self:ReIDData,
     import matplotlib.pyplot as plt
     o = self.splits[split]
     n = o.pid[o.pid>=0].value_counts()
+    if not len(n): raise ValueError(f'{split} of {self.name!r} has no identity to count')
     ax = ax or plt.subplots(figsize=(6,2.6))[1]
     bins = np.unique(np.round(np.geomspace(1, max(n.max(),2)+1, 24)))-.5
     ax.stairs(np.histogram(n, bins)[0], bins, lw=2, label=label or self.name)
@@ -92,14 +93,14 @@ def plot_counts(self:ReIDData,
     ax.legend()
     return ax
 
-# %% ../nbs/00d_balance.ipynb #e994e6a1
+# %% ../nbs/00d_balance.ipynb #0c75c933
 @patch
 def drop_tail(self:ReIDData,
     n:int=2, # Least number of pictures an identity needs to stay
 )->ReIDData: # A copy with fewer training rows
     "Leave out of training the identities with fewer than `n` pictures"
     keep = self.train.groupby('pid').pid.transform('size')>=n
-    if keep.sum()==0: raise ValueError(f'no identity has {n} pictures, the largest has {self.train.pid.value_counts().max()}: expected a smaller n')
+    if keep.sum()==0: raise ValueError(f'no identity has {n} pictures, the largest has {self.train.pid.value_counts().max() if len(keep) else 0}: expected a smaller n')
     gone = self.train.pid[~keep].nunique()
     note = f'{gone} identities with fewer than {n} pictures left out of training ({(~keep).sum()} pictures)'
     return replace(self, train=self.train[keep].reset_index(drop=True), notes=[*self.notes, note])

@@ -29,15 +29,17 @@ def to_rgb(
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im)
     return im.convert('RGB')
 
-# %% ../nbs/00a_pictures.ipynb #a9b607d9
+# %% ../nbs/00a_pictures.ipynb #51447948
 def read_bytes(
     path:str|Path, # File, or `archive.zip/member`
 )->bytes: # Its content
     "Read a file, or a member of a zip archive"
-    m = re.search(r'^(.*?[.]zip)[/\\](.+)$', str(path), re.I)
-    if m is None or not os.path.isfile(m[1]): return Path(path).read_bytes()
-    try: return open_archive(m[1], os.getpid()).read(m[2].replace('\\', '/'))
-    except KeyError as e: raise FileNotFoundError(f'no {m[2]} in {m[1]}') from e
+    path = str(path)
+    cut = next((o.end() for o in re.finditer(r'[.]zip(?=[/\\])', path, re.I) if os.path.isfile(path[:o.end()])), None)
+    if cut is None: return Path(path).read_bytes()
+    archive,member = path[:cut],path[cut+1:].replace('\\','/')
+    try: return open_archive(archive, os.getpid(), os.stat(archive).st_mtime_ns).read(member)
+    except KeyError as e: raise FileNotFoundError(f'no {member} in {archive}') from e
 
 def open_image(
     x:str|Path|bytes|Image.Image|np.ndarray, # File, member of an archive, content of a file, picture, or uint8 array (H,W) or (H,W,3)

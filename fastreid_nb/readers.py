@@ -8,25 +8,23 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/readers.html.md"""
 __all__ = ['dukemtmc', 'occluded_duke', 'partial_reid', 'partial_ilids', 'occluded_reid', 'p_dukemtmc', 'black_reid', 'cuhk_sysu',
            'ilids_vid', 'pku_reid', 'prai1581', 'prid2011', 'qmul_grid', 'saivt', 'sysu_mm01', 'thermalworld', 'pes3d',
            'caviar4reid', 'lpw', 'shinpuhkan', 'wildtrack', 'airport_alert', 'sensereid', 'viper', 'veri776', 'sop',
-           'inshop', 'benchmarks', 'Source', 'Benchmark', 'count_differences', 'benchmark_reader', 'msmt17',
-           'vehicleid', 'veriwild', 'cub200', 'cars196', 'cuhk03', 'cuhk03_np']
+           'inshop', 'benchmarks', 'Source', 'Benchmark', 'benchmark_reader', 'msmt17', 'vehicleid', 'veriwild',
+           'cub200', 'cars196', 'cuhk03', 'cuhk03_np']
 
-# %% ../nbs/00b_readers.ipynb #9df6d247
+# %% ../nbs/00b_readers.ipynb #72241a95
 import os, re, warnings
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 import numpy as np, pandas as pd
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
-from .data import ReIDData, image_exts, market_dirs
+from .data import ReIDData, count_differences, image_exts, market_counts, market_dirs, walk_files
 
-# %% ../nbs/00b_readers.ipynb #d73bf157
+# %% ../nbs/00b_readers.ipynb #cb46cb6d
 def _walk(path):
     "Pictures below `path` as sorted relative paths with /, whatever the order on disk"
-    tops = ((PurePath(d).relative_to(path), fs) for d,_,fs in os.walk(path))
-    return sorted((r/f).as_posix() for r,fs in tops if not any(o[0]=='.' for o in r.parts)
-                  for f in fs if f[0]!='.' and os.path.splitext(f)[1].lower() in image_exts)
+    return sorted(o for o in walk_files(path) if os.path.splitext(o)[1].lower() in image_exts and not re.search(r'(^|/)[.]', o))
 
 # %% ../nbs/00b_readers.ipynb #8a01cec6
 @dataclass(frozen=True)
@@ -125,21 +123,6 @@ def _table(b, root):
     if b.shift or not df.pid.str.fullmatch(r'\d+').all(): df['pid_name'] = df.pid
     return df.assign(pid=pid, camid=_codes(df.camid, b.cam0), dsetid=b.name),[n for *_,o in read for n in o]
 
-# %% ../nbs/00b_readers.ipynb #c87a1703
-def count_differences(
-    data:ReIDData, # Data as read
-    counts:dict, # Split → (identities, images, cameras), None for any number; or a list of such tuples
-)->list: # One sentence for each split that agrees with none of its tuples
-    "Compare the numbers of identities, images and cameras with the published ones; distractors are no identity"
-    out = []
-    for k,want in counts.items():
-        o = data.splits[k]
-        got = (o.pid[o.pid>=0].nunique(), len(o), o.camid.nunique())
-        want = want if isinstance(want, list) else [want]
-        if not any(all(a in (None,b) for a,b in zip(w,got)) for w in want):
-            out.append(f'{k}: (identities, images, cameras) are {got}, published are {" or ".join(map(str, want))}')
-    return out
-
 # %% ../nbs/00b_readers.ipynb #102fec00
 def _data(b, df, notes, check):
     "`ReIDData` of a table with a column `split`; under leave_one_out and cuhk03 queries and gallery are the same pictures"
@@ -177,12 +160,12 @@ def benchmark_reader(
 
 def _reader(*args, **kwargs): return benchmark_reader(Benchmark(*args, **kwargs))
 
-# %% ../nbs/00b_readers.ipynb #17d5f051
+# %% ../nbs/00b_readers.ipynb #011d9880
 def _dirs(regex, eg, dirs): return {k:Source(o, regex, eg) for k,o in dirs.items()}
 
 _cvf,_bbox = 'https://openaccess.thecvf.com/content_',r'(?P<pid>-?\d+)_c(?P<camid>\d+)[^/]*'
 _market = Benchmark('market1501', 'Market-1501', 2015, 'Market-1501-v15.09.15', _dirs(_bbox, '0002_c1s1_000451_03.jpg', market_dirs),
-    dict(train=(751,12936,6), query=(750,3368,6), gallery=(750,15913,6)), cam0=1, seen="the set's readme",
+    market_counts, cam0=1, seen="the set's readme",
     link=_cvf+'iccv_2015/html/Zheng_Scalable_Person_Re-Identification_ICCV_2015_paper.html',
     status='Junk (-1) is dropped, identity 0 is a distractor; images/ holds 500,000 more.')
 dukemtmc = _reader('dukemtmc', 'DukeMTMC-reID', 2017, 'DukeMTMC-reID', _dirs(_bbox, '0005_c2_f0046985.jpg', market_dirs),

@@ -101,3 +101,7 @@ def test_relabel(seed, tmp_path):
     m = pd.read_csv(tmp_path/'ids.csv').set_index('pid').pid_was
     for k,o in r.splits.items(): assert o.pid.map(m).fillna(-1).tolist()==big.splits[k].pid.tolist()==o.pid_was.tolist()
     assert [p.name for p in tmp_path.iterdir()]==['ids.csv']
+
+def test_leave_one_out_stays_leave_one_out():
+    d = from_df(table(np.random.default_rng(0), 20, 1, 200).drop(columns='camid'), protocol='leave_one_out')
+    for o in (d.holdout(.5), *d.folds(3)): assert o.protocol=='leave_one_out' and o.query.path.equals(o.gallery.path) and matchable(o).all()

@@ -231,9 +231,80 @@ def test_bad_boxes(box):
 def test_bad_picture_names_the_row_in_memory():
     with pytest.raises(ValueError, match='cannot read the picture row 7'): Pictures(pd.DataFrame(dict(path=['row 7'], image=[b'nonsense'])))[0]
 
+def test_market_counts_are_compared(tmp_path):
+    "Under the benchmark's own name a difference is a warning with both numbers; under another name nothing is compared"
+    import warnings
+    for root in ('Market-1501-v15.09.15','mine'):
+        for o in ('bounding_box_train','query','bounding_box_test'): pic(tmp_path/root/o/'0005_c3s1_000001_00.jpg')
+    with pytest.warns(UserWarning, match=r'train: .* are \(1, 1, 1\), published are \(751, 12936, 6\)'): data = market1501(tmp_path)
+    assert 'not as published' in data.notes[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        market1501(tmp_path/'mine')
+
 def test_market_distractors(tmp_path):
     for o in ('bounding_box_train','query','bounding_box_test'): pic(tmp_path/o/'0005_c3s1_000001_00.jpg')
     with pytest.raises(FileNotFoundError, match='images'): market1501(tmp_path, distractors=True)
     for i in range(3): pic(tmp_path/'images'/f'{i:08d}.jpg')
     data = market1501(tmp_path, distractors=True)
     assert data.gallery.pid.tolist()==[5,-1,-1,-1] and data.summary().distractors.tolist()==[0,0,3]
+
+@pytest.mark.parametrize('pid', [-5, '-5', -2.5, '-7.0', np.uint64(2**63+5), '-12'])
+def test_negative_pids(pid):
+    with pytest.raises(ValueError, match=f'pid {pid}: expected -1'): from_df(pd.DataFrame(dict(path=['a','b'], pid=[1,pid])))
+
+@pytest.mark.parametrize('minus', [-1, '-1', '-1.0', -1.])
+def test_distractors_in_any_form(minus):
+    df = pd.DataFrame(dict(path=list('abcde'), pid=pd.Series(['x','x','y','y',minus], dtype=object)))
+    assert from_df(df, test_frac=1.).gallery.pid.min()==-1
+
+def test_strangers_do_not_choose_cameras():
+    "The cameras of distractors neither make queries impossible nor the protocol stricter"
+    df = pd.DataFrame(dict(path=[f'{i}' for i in range(12)], pid=[0,1,2]*4, camid=0))
+    more = pd.concat([df, pd.DataFrame(dict(path=['s','t'], pid=-1, camid=1))], ignore_index=True)
+    data = from_df(more, test_frac=1.)
+    assert len(data.query)==3 and data.protocol=='no_camera'
+
+def test_no_query_is_said():
+    df = pd.DataFrame(dict(path=list('abcdef'), pid=[0,0,1,1,2,2], camid=[0,0,1,1,2,2]))
+    data = from_df(df, test_frac=1.)
+    assert not len(data.query) and 'no query could be made' in data.notes[-1]
+
+def test_cols_refuses_and_reuses():
+    df = pd.DataFrame(dict(file=list('abcd'), who=list('xxyy')))
+    with pytest.raises(ValueError, match=r"cols has \['cam'\]: expected some of"): from_df(df, cols=dict(path='file', pid='who', cam='who'))
+    data = from_df(df, cols=dict(path='file', pid='who', trackid='who'), test_frac=0.)
+    assert data.train.trackid.tolist()==[0,0,1,1]
+
+def test_empty_path():
+    with pytest.raises(ValueError, match='path is missing in 1 rows, first in row 1'): from_df(pd.DataFrame(dict(path=['a',None], pid=[1,2])))
+
+def test_image_column_of_names_or_pictures(tmp_path):
+    "A column `image` with file names is `path`; pictures in memory get names of their own whatever the index"
+    for i in range(4): pic(tmp_path/f'{i}.png', i)
+    (tmp_path/'a.csv').write_text('image,pid\n' + ''.join(f'{i}.png,{i//2}\n' for i in range(4)))
+    assert Pictures(from_csv(tmp_path/'a.csv', test_frac=0.).train)[3].size==(16,32)
+    df = pd.DataFrame(dict(image=[np.zeros((4,4), np.uint8)]*2, pid=[0,1]))
+    assert from_df(pd.concat([df,df]), test_frac=0.).train.path.is_unique
+
+def test_archives_rewritten_broken_and_nested(tmp_path):
+    import zipfile
+    def write(f, n):
+        f.parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(f, 'w') as z:
+            for i in range(n): z.writestr(f'id{i}/0.png', (tmp_path/'0.png').read_bytes())
+    pic(tmp_path/'0.png')
+    write(tmp_path/'s.zip', 2)
+    assert len(from_folder(tmp_path/'s.zip', test_frac=0.).train)==2
+    write(tmp_path/'s.zip', 3)
+    train = from_folder(tmp_path/'s.zip', test_frac=0.).train
+    assert len(train)==3 and Pictures(train)[2].size==(16,32)
+    write(tmp_path/'f.zip'/'s.zip', 1)
+    assert Pictures(from_folder(tmp_path/'f.zip'/'s.zip', test_frac=0.).train)[0].size==(16,32)
+    (tmp_path/'half.zip').write_bytes((tmp_path/'s.zip').read_bytes()[:50])
+    for f in ('half.zip','0.png'):
+        with pytest.raises(ValueError, match='is no zip archive, or a broken one'): from_folder(tmp_path/f)
+
+def test_market_folder_is_no_folder_of_identities(tmp_path):
+    for o in ('bounding_box_train','query','bounding_box_test'): pic(tmp_path/o/'x.jpg')
+    with pytest.raises(ValueError, match='read it with market1501'): from_folder(tmp_path)

@@ -1,4 +1,5 @@
 "The command `reid`: what it says when something is wrong, and that it loses nothing"
+import shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
@@ -23,18 +24,18 @@ def says(capsys, code, *words):
 def test_help(capsys):
     assert main(['--help'])==0
     text = capsys.readouterr().out
-    assert all(o in text for o in ('demo','train','eval'))
+    assert all(o in text for o in ('demo','doctor','train','eval'))
 
-@pytest.mark.parametrize('name', ['demo','train','eval'])
+@pytest.mark.parametrize('name', ['demo','doctor','train','eval'])
 def test_help_of_commands(capsys, name):
     "Options are listed with their defaults and units"
     with pytest.raises(SystemExit) as e: main([name, '--help'])
     text = capsys.readouterr().out
     assert e.value.code==0 and '--seed' in text and 'default: ' in text
-    assert name=='eval' or 'pixels' in text
+    assert name in ('doctor','eval') or 'pixels' in text
 
 def test_wrong_calls(capsys, tmp_path, folder):
-    assert 'expected one of demo, train, eval' in says(capsys, 2, 'trian')
+    assert 'expected one of demo, doctor, train, eval' in says(capsys, 2, 'trian')
     assert 'expected a CSV file' in says(capsys, 1, 'train', tmp_path/'nowhere', '--out', tmp_path/'o')
     assert 'such as 256x128' in says(capsys, 1, 'train', folder, '--size', 'big', '--out', tmp_path/'o')
     assert 'expected one of resnet18' in says(capsys, 1, 'train', folder, '--backbone', 'resnet9', '--out', tmp_path/'o')
@@ -54,7 +55,7 @@ def pictures(root, n_ids, n=3):
 
 def test_bad_data(capsys, tmp_path):
     pictures(tmp_path/'one', 1)
-    assert 'train has 1 identity' in says(capsys, 1, 'train', tmp_path/'one', '--test_frac', 0, *quick, '--out', tmp_path/'o')
+    assert '1 identity in train: two or more are needed' in says(capsys, 1, 'train', tmp_path/'one', '--test_frac', 0, *quick, '--out', tmp_path/'o')
     pictures(tmp_path/'single', 6, n=1)
     assert 'no query or gallery' in says(capsys, 1, 'train', tmp_path/'single', *quick, '--out', tmp_path/'o')
     pictures(tmp_path/'bad', 6)
@@ -92,3 +93,42 @@ def test_nothing_learnt_nothing_written(capsys, tmp_path, folder):
     (tmp_path/'o'/'model.pt').write_text('the good one')
     assert '0 epochs: expected 1 or more' in says(capsys, 1, 'train', folder, *quick, '--epochs', 0, '--out', tmp_path/'o')
     assert [(o.name,o.read_text()) for o in (tmp_path/'o').iterdir()]==[('model.pt','the good one')]
+
+def test_doctor(capsys, tmp_path, folder):
+    "A healthy set passes; an ill one does not, on one screen, and every finding goes into the table"
+    assert main(['doctor', str(folder)])==0
+    assert '0 errors, 0 warnings, 0 notes' in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path/'ill')
+    one,two,three = sorted((tmp_path/'ill'/'bounding_box_train').iterdir())[:3]
+    one.write_bytes(b'')
+    shutil.copy(two, two.with_name('0009_c1s1_000009_00.jpg'))
+    shutil.copy(three, tmp_path/'ill'/'query'/'0009_c1s1_000009_00.jpg')
+    assert main(['doctor', str(tmp_path/'ill'), '--csv', str(tmp_path/'new'/'f.csv'), '--test-frac', '.5', '--workers', '1'])==1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines)<=40 and max(map(len, lines))<=80 and lines[1].startswith('error')
+    assert any('filed under two identities' in o for o in lines) and any('unreadable' in o for o in lines)
+    df = pd.read_csv(tmp_path/'new'/'f.csv')
+    assert len(df)==sum(int(o.split()[1]) for o in lines if o.split()[0] in ('error','warning','note'))
+
+def test_doctor_options(capsys, tmp_path):
+    "A regex, notes of the reader below the report, and dashes or underscores"
+    pictures(tmp_path/'set', 8)
+    assert main(['doctor', str(tmp_path/'set'), '--regex', r'id (?P<pid>\d+)', '--test_frac', '.25', '--radius=4'])==0
+    out = capsys.readouterr().out
+    assert 'while reading: no split given: 6 identities for training, 2 others' in out and '24 pictures' in out
+    (tmp_path/'t.csv').write_text('path,pid\nnone.png,1\nalso none.png,1\nset/id 0/0.png,2\nset/id 1/0.png,2\n')
+    assert main(['doctor', str(tmp_path/'t.csv')])==1
+    assert 'none.png (no picture)' in capsys.readouterr().out
+
+def test_doctor_wrong_calls(capsys, tmp_path, folder, monkeypatch):
+    "What goes wrong before, while or after reading is one sentence"
+    (tmp_path/'file').touch()
+    assert 'choose a folder you may write to' in says(capsys, 1, 'doctor', folder, '--csv', tmp_path/'file'/'f.csv')
+    assert 'expected a CSV file' in says(capsys, 1, 'doctor', tmp_path/'nowhere')
+    assert 'radius 99: expected 0 to 16' in says(capsys, 1, 'doctor', folder, '--radius', 99)
+    (tmp_path/'boxes.csv').write_text(f'path,pid,x,y,w,h\n{folder}/query,1,0,0,0,5\n{folder}/query,1,0,0,5,5\n')
+    assert 'boxes are no boxes' in says(capsys, 1, 'doctor', tmp_path/'boxes.csv')
+    from fastreid_nb import copies
+    def broken(*args): raise OSError(5, 'Input/output error')
+    monkeypatch.setattr(copies, '_scan_chunk', broken)
+    assert 'Input/output error' in says(capsys, 1, 'doctor', folder)
