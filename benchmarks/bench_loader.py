@@ -43,7 +43,8 @@ def plain(
 )->DataLoader: # Batches of 64
     "The pipeline to compare with; fast-reid's strong baseline for training"
     tfms = [T.Resize(size, T.InterpolationMode.BICUBIC)]
-    if train: tfms = [T.RandomApply([T.AutoAugment()], .1), *tfms, T.RandomHorizontalFlip(), T.Pad(10), T.RandomCrop(size)]
+    auto = T.RandomChoice([T.AutoAugment(interpolation=o) for o in (T.InterpolationMode.BILINEAR, T.InterpolationMode.BICUBIC)])
+    if train: tfms = [T.RandomApply([auto], .1), *tfms, T.RandomHorizontalFlip(), T.Pad(10), T.RandomCrop(size)]
     erase = [T.RandomErasing(.5, (.02,.33), (.3,3.3), value=(.485,.456,.406))] if train else []
     return DataLoader(Plain(df, [*tfms, T.ToTensor(), *erase]), 64, shuffle=train, num_workers=n_workers, drop_last=train)
 
@@ -73,7 +74,7 @@ def main(
     torch.set_num_threads(1)
     ratios = []
     with tempfile.TemporaryDirectory() as tmp:
-        data = make(Path(tmp), 1024)
+        data = make(Path(tmp), 2048)
         for train,size,n in product((True,False), ((256,128),(384,128)), (0,1,2)):
             dls = plain(data.train, size, train, n),ours(data, size, train, n)
             runs = [[speed(dl) for dl in dls] for _ in range(5*seeds)]

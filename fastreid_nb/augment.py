@@ -160,13 +160,13 @@ class ReIDDataset:
     def __len__(self): return len(self.pid)
     def __getitem__(self, i): return self.preproc.load(self._pixels(i)), TensorCategory(int(self.pid[i])), TensorCategory(int(self.camid[i]))
 
-# %% ../nbs/01_augment.ipynb #d46a605b
+# %% ../nbs/01_augment.ipynb #226ff816
 class ReIDLoader(TfmdDL):
     "Batches of a `ReIDDataset`, each made in one tensor of bytes"
     exact = True   # as in `Preproc.resize`
     def _rows(self, samples): return samples   # row of each sample of an epoch
     def _pixels(self, row): return self.dataset._pixels(row)
-    def _read(self, rows): return (self.dataset.preproc.resize(self._pixels(i), self.exact) for i in rows.tolist())
+    def _read(self, rows): return [self.dataset.preproc.resize(self._pixels(i), self.exact) for i in rows.tolist()]
     def _disturb(self, xb, samples): pass
 
     def _fill(self, samples, rows, pics):
@@ -181,7 +181,7 @@ class ReIDLoader(TfmdDL):
         with ThreadPoolExecutor(n) as ex:
             last = None
             for s,rows in todo:
-                new = s,rows,chain.from_iterable(ex.map(lambda o: list(self._read(o)), np.array_split(rows, n)))   # starts to read
+                new = s,rows,chain.from_iterable(ex.map(self._read, np.array_split(rows, n)))   # starts to read
                 if last: yield self._fill(*last)
                 last = new
             if last: yield self._fill(*last)
@@ -193,7 +193,7 @@ class ReIDLoader(TfmdDL):
     def create_batches(self, samples):
         if self.after_item.fs or self.before_batch.fs: return super().create_batches(samples)
         todo = ((s, self._rows(np.array(s))) for s in chunked(samples, self.bs, self.drop_last))
-        return (self._fill(s, i, self._read(i)) for s,i in todo) if get_worker_info() else self._ahead(todo, min(4, defaults.cpus))
+        return (self._fill(s, i, self._read(i)) for s,i in todo) if get_worker_info() else self._ahead(todo, max(1, min(4, defaults.cpus-1)))
 
     def __iter__(self):
         try: yield from super().__iter__()
@@ -207,7 +207,7 @@ class ToFloat(IntToFloatTensor):
         if x.device.type!='cpu': return x.float().div_(self.div)
         return TensorImage(torch.from_numpy(np.empty(x.shape, np.float32)).copy_(x).div_(self.div))
 
-# %% ../nbs/01_augment.ipynb #67a3d1ea
+# %% ../nbs/01_augment.ipynb #0cb49803
 def _augment(x, augs, rng):
     "`x` after all of `augs`"
     for f in augs:
@@ -240,7 +240,7 @@ class PKLoader(ReIDLoader):
     def _disturb(self, xb, samples):
         for x,s,row in zip(xb, samples, self._rows(np.array(samples)).tolist()):
             y = _augment(x, self.augs, np.random.default_rng([self.seed,self._epoch,s,row]))
-            if y is not x: x.copy_(self.dataset.preproc.resize(y, self.exact))
+            if y is not x: x.copy_(y if y.shape==x.shape else self.dataset.preproc.resize(y, self.exact))
 
     def before_iter(self):
         super().before_iter()

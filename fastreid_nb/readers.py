@@ -160,13 +160,12 @@ def benchmark_reader(
 
 def _reader(*args, **kwargs): return benchmark_reader(Benchmark(*args, **kwargs))
 
-# %% ../nbs/00b_readers.ipynb #011d9880
+# %% ../nbs/00b_readers.ipynb #343d61c3
 def _dirs(regex, eg, dirs): return {k:Source(o, regex, eg) for k,o in dirs.items()}
 
 _cvf,_bbox = 'https://openaccess.thecvf.com/content_',r'(?P<pid>-?\d+)_c(?P<camid>\d+)[^/]*'
 _market = Benchmark('market1501', 'Market-1501', 2015, 'Market-1501-v15.09.15', _dirs(_bbox, '0002_c1s1_000451_03.jpg', market_dirs),
-    market_counts, cam0=1, seen="the set's readme",
-    link=_cvf+'iccv_2015/html/Zheng_Scalable_Person_Re-Identification_ICCV_2015_paper.html',
+    market_counts, cam0=1, seen="the set's readme", link=_cvf+'iccv_2015/html/Zheng_Scalable_Person_Re-Identification_ICCV_2015_paper.html',
     status='Junk (-1) is dropped, identity 0 is a distractor; images/ holds 500,000 more.')
 dukemtmc = _reader('dukemtmc', 'DukeMTMC-reID', 2017, 'DukeMTMC-reID', _dirs(_bbox, '0005_c2_f0046985.jpg', market_dirs),
     dict(train=(702,16522,8), query=(702,2228,8), gallery=(1110,17661,8)), cam0=1, link='https://arxiv.org/abs/1701.07717',

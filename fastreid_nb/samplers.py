@@ -144,7 +144,7 @@ def _check_room(lists, sizes):
         if shared[i,i]<n[i]+others: raise ValueError(f'{name!r} has {shared[i,i]:.0f} identities for {n[i]} places in each batch'
             + f' (and other domains may take {others} of them)'*(others>0) + ': lower its weight or p, or give it weight 0')
 
-# %% ../nbs/01d_samplers.ipynb #9bbcea3b
+# %% ../nbs/01d_samplers.ipynb #491f2f11
 def domain_batches(
     pids, # Identity of each picture, (N,)
     p:int, # Identities in a batch, all domains together
@@ -152,7 +152,7 @@ def domain_batches(
     rng:np.random.Generator, # Source of all choices
     df:pd.DataFrame, # Aligned with `pids`, with the column named by `by`
     weights:dict=None, # Domain to weight, as in `domain_shares`; by default all alike
-    by:str='dsetid', # Column that names the domain: `dsetid`, `camid`, or another
+    by:str='dsetid', # Column that names the domain: `dsetid` or `camid`
     cross_camera:bool=False, # Take positives from other cameras, as in `cross_camera_batches`?
     passes:int=1, # Times that the identities of the largest domain are drawn in an epoch
 )->np.ndarray: # (B, p·k) rows, B the most of ceil(passes·identities/places) over domains; pictures of one identity stand together

@@ -488,7 +488,9 @@ def test_copies_that_were_meant():
 def test_strangers_as_queries_are_an_error():
     "What evaluation refuses, the doctor calls an error"
     rng = np.random.default_rng(0)
-    rows = lambda pid,cam,k: pd.DataFrame(dict(path=[f'{k}{i}' for i in range(len(pid))], pid=pid, camid=cam, dsetid='x', image=[np.asarray(drawing(rng.integers(1e9))) for _ in pid]))
+    def rows(pid, cam, k):
+        ims = [np.asarray(drawing(rng.integers(1e9))) for _ in pid]
+        return pd.DataFrame(dict(path=[f'{k}{i}' for i in range(len(pid))], pid=pid, camid=cam, dsetid='x', image=ims))
     data = ReIDData('x', rows([1,1,2,2],[0,1,0,1],'t'), rows([3,-1],[0,0],'q'), rows([3,4],[1,1],'g'))
     report = data.doctor(progress=False, n_workers=1)
     assert not report.ok and [str(f) for f in report.findings if f.severity=='error']==['1 queries with a pid below 0']
