@@ -7,15 +7,15 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/balance.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/00d_balance.ipynb #0ee9860e
-import os
+# %% ../nbs/00d_balance.ipynb #82556965
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-# %% ../nbs/00d_balance.ipynb #4a47236f
+# %% ../nbs/00d_balance.ipynb #b532c052
 import numpy as np, pandas as pd
 from fastcore.basics import patch
+from .files import atomic_path
 from .data import ReIDData, id_order, pick_ids, picture_keys, query_tables
 
 # %% ../nbs/00d_balance.ipynb #6960af35
@@ -123,7 +123,7 @@ def resample(self:ReIDData,
     train = pd.concat([self.train.assign(copy=0), more.assign(copy=1)], ignore_index=True)
     return replace(self, train=train, notes=[*self.notes, note])
 
-# %% ../nbs/00d_balance.ipynb #b88ce527
+# %% ../nbs/00d_balance.ipynb #9724a703
 @patch
 def relabel(self:ReIDData,
     save:str|Path=None, # CSV file for the map, with columns pid, pid_was and, if known, pid_name
@@ -136,7 +136,5 @@ def relabel(self:ReIDData,
     if save:
         df = pd.concat(list(splits.values()))
         df = df[df.pid>=0].drop_duplicates('pid').sort_values('pid')
-        part = Path(f'{save}.part')
-        df[[c for c in ('pid','pid_was','pid_name') if c in df]].to_csv(part, index=False)
-        os.replace(part, save)
+        with atomic_path(save) as part: df[[c for c in ('pid','pid_was','pid_name') if c in df]].to_csv(part, index=False)
     return replace(self, **splits, notes=[*self.notes, f'{len(old)} identities renumbered from 0; the old number is in pid_was'])

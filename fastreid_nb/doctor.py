@@ -7,18 +7,18 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/doctor.html.md"""
 # %% auto #0
 __all__ = ['severities', 'Finding', 'Report']
 
-# %% ../nbs/00c_doctor.ipynb #a1770537
+# %% ../nbs/00c_doctor.ipynb #123d9798
 import os, textwrap
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from html import escape
 from pathlib import Path
 
-# %% ../nbs/00c_doctor.ipynb #4ff91e1e
+# %% ../nbs/00c_doctor.ipynb #9431f9b0
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .copies import hamming, near_other, scan_pictures
+from .files import atomic_path
 from .data import ReIDData, as_protocol, box_columns, matchable, picture_keys, split_columns
 
 # %% ../nbs/00c_doctor.ipynb #65edf5d7
@@ -203,7 +203,7 @@ class Report:
 
     def __repr__(self): return self.text()
 
-# %% ../nbs/00c_doctor.ipynb #f3b3d28b
+# %% ../nbs/00c_doctor.ipynb #6356cb5b
 @patch
 def _repr_html_(self:Report):
     cells = [(f'<b>{f.severity}</b>', len(f.rows), escape(f.what), '<br>'.join(map(escape, f.examples(self.short))), escape(f.fix)) for f in self.findings]
@@ -221,15 +221,7 @@ def to_csv(self:Report,
     path:str|Path, # File to write; it appears when it is complete
 ):
     "Write every row of every finding to a CSV file"
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.to_df().to_csv(tmp, index=False)
-        os.replace(tmp, path)
-    except OSError as e: raise OSError(e.errno, f'cannot write {path} ({e.strerror or e}): choose a folder you may write to, with room on the disk') from e
-    finally:
-        with suppress(OSError): tmp.unlink()
+    with atomic_path(path) as tmp: self.to_df().to_csv(tmp, index=False)
 
 # %% ../nbs/00c_doctor.ipynb #14c2978d
 def _examined(data, n_workers, progress):

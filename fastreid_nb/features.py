@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/features.html.md"""
 # %% auto #0
 __all__ = ['cosine_dist', 'sq_euclidean_dist', 'euclidean_dist', 'Features', 'evaluate']
 
-# %% ../nbs/07a_features.ipynb #b6a0e7f2
+# %% ../nbs/07a_features.ipynb #386a8ef5
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .data import Protocol
 from .eval import ReIDResult, rank_dist
-from .train import atomic_path
+from .files import atomic_path, read_torch
 
 # %% ../nbs/07a_features.ipynb #0e763e12
 def _pair(q, g):
@@ -113,16 +113,13 @@ def save(self:Features,
     with atomic_path(path) as part: torch.save(dict(kind='fastreid_nb.Features', emb=self.emb, cols=cols), part)
     return Path(path)
 
-# %% ../nbs/07a_features.ipynb #c59d3c5f
+# %% ../nbs/07a_features.ipynb #067294fe
 @patch(cls_method=True)
 def load(cls:Features,
     path:str|Path, # File written by `Features.save`
 )->Features: # The same features and table
     "Read back what `Features.save` wrote"
-    if not Path(path).is_file(): raise FileNotFoundError(f'no file {path}: expected one written by `Features.save`')
-    try: o = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'{path} cannot be read ({type(e).__name__}): it is cut short or not a file of features; '
-                                            'write it again with `Features.save`') from e
+    o = read_torch(path, 'features')
     if not isinstance(o, dict) or o.get('kind')!='fastreid_nb.Features': raise ValueError(
         f'{path} holds something other than features: expected a file written by `Features.save`')
     dtype = lambda o: pd.CategoricalDtype(**o) if isinstance(o, dict) else o

@@ -7,14 +7,14 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/ranklist.html.md"""
 # %% auto #0
 __all__ = ['pick_queries']
 
-# %% ../nbs/07b_ranklist.ipynb #9195411c
+# %% ../nbs/07b_ranklist.ipynb #473c1af5
 import numpy as np, matplotlib.pyplot as plt
 from fastcore.basics import patch
 from itertools import zip_longest
 from pathlib import Path
 from .pictures import Pictures
 from .eval import ReIDResult
-from .train import atomic_path
+from .files import atomic_path
 
 # %% ../nbs/07b_ranklist.ipynb #b7a28558
 _blue,_green,_red = '#1f5fbf','#14833b','#c8281e'
