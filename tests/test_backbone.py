@@ -1,63 +1,46 @@
 "Backbones: shapes, surgery, weight files, and whole models against the reference implementation"
-import inspect, json, zlib
-from functools import partial
-from itertools import product
+import inspect
 from pathlib import Path
 
 import numpy as np, pytest, torch, torchvision
 
 from fastreid_nb import backbone as bb
-from fastreid_nb.backbone import IBN, ResNet, resnet, resnet18, resnet18_ibn, weights_url
-from fastreid_nb.heads import reid_model
-from fastreid_nb.pooling import AvgPool, GeM
-from golden_files import close, golden_dir, golden_params, missing
+from fastreid_nb.backbone import (IBN, SE, NonLocal, ReIDBasicBlock, ReIDBottleneck, ResNet, add_nonlocal, detect_resnet, resnet, resnet18, resnet18_ibn,
+                                  resnet50, resnext50, weights_url)
+from fastreid_nb.pooling import AvgPool
+from golden_files import close, golden_files, missing
 
-renamed = {'heads.bottleneck.0.':'head.neck.', 'heads.weight':'head.classifier.weight', 'heads.pool_layer.':'pool.'}
+def golden_block(name, z):
+    "Our block with the weights of one entry of blocks.npz; None if it is built elsewhere"
+    state = {k.removeprefix(f'{name}.'):torch.tensor(z[k]) for k in z.files if k.startswith(f'{name}.')}
+    make = dict(ibn=lambda: IBN(64), ibn2=lambda: IBN(64), se=lambda: SE(64), nonlocal_=lambda: NonLocal(64),
+        basic_ibn_se=lambda: hooked(ReIDBasicBlock(64, 64)), bottleneck_ibn_se=lambda: hooked(ReIDBottleneck(64, 16)))
+    block = make.get('nonlocal_' if name=='nonlocal' else name, lambda: None)()
+    if block is not None: block.load_state_dict(state)
+    return block
 
-def golden_array(name, shape):
-    "The value that the state entry `name` has in the golden models: drawn from a generator seeded by the name"
-    rng = np.random.RandomState(zlib.crc32(name.encode()))
-    if name.endswith('num_batches_tracked'): return torch.zeros(shape, dtype=torch.long)
-    if name.endswith('pool_layer.p'): res = np.full(shape, 3.)
-    elif name.endswith('running_mean'): res = 0.1*rng.standard_normal(shape)
-    elif name.endswith('running_var'): res = rng.uniform(0.5, 1.5, shape)
-    elif len(shape)>=2: res = rng.standard_normal(shape)*np.sqrt(2/np.prod(shape[1:]))
-    elif name.endswith('weight'): res = rng.uniform(0.5, 1.0, shape)*(0.005 if '.W.1.' in name else 1)
-    else: res = 0.1*rng.standard_normal(shape)
-    return torch.tensor(np.asarray(res, dtype=np.float32))
+def hooked(block):
+    block.bn1,block.se = IBN(block.bn1.num_features),SE(64)
+    return block
 
-def our_name(name):
-    for a,b in renamed.items(): name = name.replace(a, b)
-    return name
+def blocks():
+    "Every (file, block) of the golden files that is of this room"
+    res = [pytest.param(p, k.removesuffix('__eval'), id=k) for p in golden_files('blocks*.npz') for k in np.load(p).files
+           if k.endswith('__eval') and golden_block(k.removesuffix('__eval'), np.load(p)) is not None]
+    return res or [pytest.param(None, None, id='none')]
 
-def golden_model(keys, last_stride):
-    "Our untrained model with exactly the state entries `keys` (name → shape), None if it is not built yet"
-    want = {our_name(k):tuple(v) for k,v in keys.items()}
-    make = partial(reid_model, keys['heads.weight'][0] if 'heads.weight' in keys else 1, pool=GeM if 'pool.p' in want else AvgPool)
-    for depth,ibn in product((18,34,50,101,152), (False,True)):
-        net = partial(resnet, depth, ibn=ibn, last_stride=last_stride, stem_pool='ceil')
-        with torch.device('meta'): have = {k:tuple(v.shape) for k,v in make(net).state_dict().items()}
-        if have==want: return make(net)
-
-@pytest.mark.parametrize('path', golden_params('models/*.keys.json'))
-def test_golden_model(path):
-    if path is None: missing('models/*.keys.json')
-    keys,name = json.loads(path.read_text()),path.name.removesuffix('.keys.json')
-    gold = path.with_name(f'{name}.npz')
-    if not gold.exists(): missing(gold.name)
-    z = np.load(gold)
-    model = golden_model(keys, last_stride=1 if len(z['backbone_map_shape'])==4 and z['backbone_map_shape'][2]>=16 else 2)
-    if model is None: missing(f'model {name}')
-    model.load_state_dict({our_name(k):golden_array(k, s) for k,s in keys.items()})
-    x = torch.tensor(np.load(golden_dir()/'models/input.npz')['images_uint8_nchw'])/255
-    with torch.no_grad():
-        model.eval()
-        fmap,emb = model.fmap(x),model(x)
-    assert list(fmap.shape)==z['backbone_map_shape'].tolist()
-    close(fmap.mean((2,3)), z['backbone_map_mean_hw'], rel=1e-4)
-    close(fmap.flatten()[::61], z['backbone_map_every61'], rel=1e-4)
-    close(fmap.abs().mean(), z['backbone_map_abs_mean'], rel=1e-4)
-    close(emb, z['feature_f64'], rel=1e-4)
+@pytest.mark.parametrize('path,name', blocks())
+def test_golden_block(path, name):
+    if path is None: missing('blocks*.npz')
+    z = np.load(path)
+    block,x = golden_block(name, z),torch.tensor(z['x'], requires_grad=True)
+    with torch.no_grad(): close(block.eval()(x), z[f'{name}__eval'])
+    y = block.train()(x)
+    close(y, z[f'{name}__train'])
+    (torch.tensor(np.random.RandomState(602).randn(*y.shape), dtype=torch.float32)*y).sum().backward()
+    close(x.grad, z[f'{name}__train_grad_x'])
+    after = {k.removeprefix(f'{name}__after_train.'):z[k] for k in z.files if k.startswith(f'{name}__after_train.')}
+    for k,v in after.items(): close(block.state_dict()[k], v)
 
 def test_golden_model_needs_the_stem():
     "The padded stem is another network: the parity test would see it"
@@ -69,7 +52,7 @@ def test_golden_model_needs_the_stem():
 @pytest.mark.parametrize('stem_pool', ['pad','ceil'])
 def test_shapes(depth, ibn, last_stride, stem_pool):
     with torch.device('meta'):
-        net = resnet(depth, last_stride, ibn, stem_pool).eval()
+        net = resnet(depth, last_stride, ibn, stem_pool=stem_pool).eval()
         y = net(torch.zeros(2, 3, 128, 64))
     assert y.shape==(2, net.n_feat, 128//net.total_stride, 64//net.total_stride) and net.n_feat==(512 if depth<50 else 2048)
 
@@ -138,7 +121,7 @@ def test_a_weight_file_cannot_run_code(tmp_path):
     class Evil:
         def __reduce__(self): return mark.touch, ()
     torch.save(dict(conv1=Evil()), tmp_path/'evil.pth')
-    with pytest.raises(ValueError, match='not a readable'): resnet18(pretrained=tmp_path/'evil.pth')
+    with pytest.raises(ValueError, match='would run code'): resnet18(pretrained=tmp_path/'evil.pth')
     assert not mark.exists()
 
 def test_pretrained_offline_says_what_to_do(tmp_path, monkeypatch):
@@ -148,8 +131,8 @@ def test_pretrained_offline_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as e: resnet18(pretrained=True)
     for part in ('no route to host', 'resnet18-f37072fd.pth', str(tmp_path), 'pretrained=False'): assert part in str(e.value)
 
-@pytest.mark.parametrize('what,match', [('depth', 'does not fit'), ('ibn', 'plain'), ('short', 'does not fit'), ('grey', 'does not fit'), ('text', 'not a readable'),
-    ('empty', 'not a readable'), ('cut', 'not a readable'), ('checkpoint', 'plain dictionary')])
+@pytest.mark.parametrize('what,match', [('depth', 'does not fit'), ('ibn', 'a plain network'), ('short', 'does not fit'), ('grey', 'does not fit'), ('text', 'not a readable'),
+    ('empty', 'not a readable'), ('cut', 'not a readable'), ('checkpoint', 'plain dictionary'), ('nan', 'NaN')])
 def test_wrong_weight_files(r18_file, what, match):
     state = torch.load(r18_file, weights_only=True)
     if what=='short': torch.save({k:v for k,v in state.items() if 'layer4.1' not in k}, r18_file)
@@ -157,14 +140,15 @@ def test_wrong_weight_files(r18_file, what, match):
     if what=='text': r18_file.write_text('hello')
     if what=='empty': r18_file.write_bytes(b'')
     if what=='cut': r18_file.write_bytes(r18_file.read_bytes()[:100_000])
-    if what=='checkpoint': torch.save(dict(model=state, epoch=3), r18_file)
+    if what=='nan': torch.save(dict(state, **{'layer2.0.conv1.weight':state['layer2.0.conv1.weight']*torch.nan}), r18_file)
+    if what=='checkpoint': torch.save(dict(weights=state, epoch=3), r18_file)
     with pytest.raises(ValueError, match=match): resnet(34 if what=='depth' else 18, ibn=what=='ibn', pretrained=r18_file)
 
 def test_ibn_weights_need_an_ibn_network(tmp_path):
     f = tmp_path/'ibn.pth'
     torch.save(resnet18_ibn().state_dict(), f)
     assert resnet18_ibn(pretrained=f)
-    with pytest.raises(ValueError, match='an IBN ResNet'): resnet18(pretrained=f)
+    with pytest.raises(ValueError, match='an IBN network'): resnet18(pretrained=f)
 
 def test_missing_weight_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'): resnet18(pretrained=tmp_path/'nowhere.pth')
@@ -183,3 +167,73 @@ def test_short_names(name):
     want = set(inspect.signature(resnet).parameters)-{'depth'}-({'ibn'} if name.endswith('_ibn') else set())
     assert set(inspect.signature(fn).parameters)==want
     with pytest.raises(TypeError): fn(last_strid=1)
+
+@pytest.mark.parametrize('kw', [dict(depth=18), dict(depth=34, ibn='a', se=True), dict(depth=50, ibn='b'), dict(depth=50, nl=True, nl_width='one'),
+    dict(depth=101, ibn='a', nl=True, nl_width='half'),
+    dict(depth=152, se=True), dict(depth=50, groups=32, base_width=4, ibn='a4'), dict(depth=101, groups=32, base_width=4)])
+def test_detect(kw):
+    with torch.device('meta'):
+        net = resnet(**kw)
+        make,state = detect_resnet(net.state_dict())
+        twin = make()
+    assert make.args==(kw.pop('depth'),) and make.keywords==kw
+    assert {k:v.shape for k,v in twin.state_dict().items()}=={k:v.shape for k,v in state.items()}
+
+def test_detect_leaves_others_alone():
+    with torch.device('meta'): others = [torchvision.models.mobilenet_v2(), torchvision.models.densenet121(), torch.nn.Linear(3, 4)]
+    assert [detect_resnet(o.state_dict()) for o in others]==[None]*3
+    with torch.device('meta'): state = resnet18().state_dict()
+    assert detect_resnet({k:v for k,v in state.items() if not k.startswith('layer3.1')}) is None
+
+@pytest.mark.parametrize('width', ['one','half'])
+def test_nonlocal_is_the_sum_over_pairs(width):
+    block,x = NonLocal(8, width).eval(),torch.randn(2, 8, 5, 3)
+    torch.nn.init.normal_(block.W[1].weight)
+    theta,phi,g = (o(x).flatten(2) for o in (block.theta, block.phi, block.g))
+    y = torch.einsum('bdi,bdj,bcj->bci', theta, phi, g)/15
+    torch.testing.assert_close(block(x), x+block.W(y.view(2, -1, 5, 3)))
+
+def test_nonlocal_comes_after_the_last_blocks():
+    net,seen = resnet(50, nl=True).eval(),[]
+    for name,m in net.named_modules():
+        if isinstance(m, (NonLocal,ReIDBottleneck)): m.register_forward_hook(lambda *_, n=name: seen.append(n))
+    with torch.no_grad(): net(torch.rand(1, 3, 32, 32))
+    at = [seen[i-1] for i,n in enumerate(seen) if n.startswith('NL')]
+    assert at==['layer2.2','layer2.3','layer3.3','layer3.4','layer3.5'] and len(seen)==16+5
+
+@pytest.mark.parametrize('counts', [{2:0}, {3:7}])
+def test_nonlocal_needs_blocks(counts):
+    with torch.device('meta'), pytest.raises(ValueError, match='non-local blocks in stage'): add_nonlocal(resnet(50), counts)
+
+def test_se_gates():
+    x = torch.randn(3, 16, 4, 2)
+    y = SE(16, 4)(x)
+    gate = (y/x).flatten(2)
+    torch.testing.assert_close(gate, gate[:,:,:1].expand_as(gate))
+    assert ((gate>0) & (gate<1)).all()
+    with pytest.raises(ValueError, match='8 channels'): SE(8)
+
+def test_ibn_b_normalises_the_first_two_stages():
+    net = resnet(50, ibn='b')
+    names = [n for n,m in net.named_modules() if isinstance(m, torch.nn.InstanceNorm2d)]
+    assert names==['bn1','layer1.2.IN','layer2.3.IN'] and not any(isinstance(m, IBN) for m in net.modules())
+
+def test_pretrained_fills_a_network_with_nonlocal_blocks(tmp_path):
+    torch.save(resnet50().state_dict(), tmp_path/'r50.pth')
+    plain,asking = (resnet50(nl=o, pretrained=tmp_path/'r50.pth').eval() for o in (False,True))
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad(): assert torch.equal(plain(x), asking(x))
+
+def test_resnext_equals_torchvision():
+    theirs,ours = torchvision.models.resnext50_32x4d().eval(),resnext50(last_stride=2).eval()
+    ours.load_state_dict({k:v for k,v in theirs.state_dict().items() if not k.startswith('fc.')})
+    x = torch.rand(1, 3, 64, 32)
+    with torch.no_grad(): torch.testing.assert_close(theirs.fc(AvgPool()(ours(x))), theirs(x))
+
+@pytest.mark.parametrize('kw,end', [(dict(depth=50, groups=32), 'resnext50_32x4d-7cdf4587.pth'), (dict(depth=101, ibn='a', se=True), 'se_resnet101_ibn_a-fabed4e2.pth'),
+    (dict(depth=50, ibn='b'), 'resnet50_ibn_b-9ca61e85.pth'), (dict(depth=101, groups=32, ibn=True), 'resnext101_ibn_a-6ace051d.pth')])
+def test_weight_addresses(kw, end): assert weights_url(**kw).endswith('/'+end)
+
+@pytest.mark.parametrize('kw', [dict(depth=50, se=True), dict(depth=101, groups=32), dict(depth=152, ibn=True)])
+def test_no_weights_are_made_up(kw):
+    with pytest.raises(ValueError, match='no ImageNet weights are published'): weights_url(**kw)
