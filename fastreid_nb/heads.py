@@ -6,15 +6,20 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/heads.html.md"""
 
 # %% auto #0
 __all__ = ['imagenet_mean', 'imagenet_std', 'ReIDOut', 'cosine_logits', 'Classifier', 'LinearHead', 'BNNeck', 'BNNeckHead',
-           'ReductionHead', 'ReIDModel', 'reid_model', 'model_from_recipe']
+           'ReductionHead', 'ReIDModel', 'eval_mode', 'make_piece', 'make_backbone', 'make_pool', 'reid_model',
+           'model_from_recipe', 'keep_recipe']
 
-# %% ../nbs/04_heads.ipynb #316cba01
-import inspect, re, torch, torch.nn.functional as F
+# %% ../nbs/04_heads.ipynb #a0e14171
+import inspect, numbers, re, torch, torch.nn.functional as F
 from collections import namedtuple
+from collections.abc import Callable
+from contextlib import contextmanager
 from fastcore.basics import patch
 from .backbone import resnet50
-from .pooling import GeM, full_precision, narrow_to
-from functools import partial
+from .files import check_choice
+from .pooling import AvgPool, GeM, full_precision, narrow_to
+from .timmnets import from_timm_name
+from functools import partial, wraps
 from importlib import import_module
 from torch import nn
 
@@ -33,7 +38,7 @@ class ReIDOut(namedtuple('ReIDOut', 'logits feat emb')):
         def sz(o): return [sz(p) for p in o] if isinstance(o, (list,tuple)) else tuple(getattr(o, 'shape', ())) or o
         return f'ReIDOut({", ".join(f"{k}={sz(v)}" for k,v in self._asdict().items())})'
 
-# %% ../nbs/04_heads.ipynb #49d20c4b
+# %% ../nbs/04_heads.ipynb #17f2e8f7
 def cosine_logits(
     emb:torch.Tensor, # Embeddings, (B,D)
     weight:torch.Tensor, # One row per identity, (n_pids,D)
@@ -45,12 +50,13 @@ class Classifier(nn.Linear):
     "One row of weights per identity and no bias; logits are products, or cosines if `cosine`"
     def __init__(self,
         n_emb:int, # Size D of an embedding
-        n_pids:int, # Number of training identities
+        n_pids:int, # Number of training identities; 0 for a model that only searches
         cosine:bool=False, # Logits as cosines in [-1,1], for losses that apply scale and margin?
     ):
         super().__init__(n_emb, n_pids, bias=False)
         self.cosine = cosine
-        nn.init.normal_(self.weight, std=0.01)
+
+    def reset_parameters(self): nn.init.normal_(self.weight, std=0.01)
 
     def forward(self,
         emb:torch.Tensor, # Embeddings, (B,D)
@@ -100,31 +106,39 @@ class BNNeckHead(nn.Module):
         emb = self.neck(feat)
         return ReIDOut(self.classifier(emb), feat, emb)
 
-# %% ../nbs/04_heads.ipynb #8d853ce9
+# %% ../nbs/04_heads.ipynb #c5615a58
+_acts = {None:(), 'relu':(partial(nn.ReLU, inplace=True),), 'leaky':(partial(nn.LeakyReLU, 0.1, inplace=True),)}
+
 class ReductionHead(nn.Module):
     "`BNNeckHead` with a smaller embedding: a linear map from `n_feat` to `n_emb` values stands before the neck"
     def __init__(self,
         n_feat:int, # Size C of a feature
         n_pids:int, # Number of training identities
         n_emb:int=512, # Size D of an embedding
-        neck:bool=True, # Batch normalisation after the reduction?
+        neck:bool=True, # The fixed-shift batch normalisation at the end?
         cosine:bool=False, # Logits as cosines?
+        bias:bool=False, # Does the linear map have a shift?
+        norm:bool=False, # An ordinary batch normalisation right after the linear map?
+        act:str=None, # Then 'relu', 'leaky' (slope 0.1) or nothing
+        dropout:float=0., # Then this share of values set to 0 in training, in [0,1)
     ):
         super().__init__()
-        self.reduce = nn.Linear(n_feat, n_emb, bias=False)
+        self.reduce = nn.Linear(n_feat, n_emb, bias=bias)
+        more = [*([nn.BatchNorm1d(n_emb)] if norm else []), *(o() for o in _acts[check_choice('act', act, _acts)])]
+        self.post = nn.Sequential(*more, *([nn.Dropout(dropout)] if dropout else []))
         self.neck,self.classifier = BNNeck(n_emb) if neck else nn.Identity(),Classifier(n_emb, n_pids, cosine)
         nn.init.kaiming_normal_(self.reduce.weight, mode='fan_out')
 
     def forward(self,
         feat:torch.Tensor, # Feature, (B,C)
     )->ReIDOut: # `feat` is still (B,C), `emb` is (B,`n_emb`)
-        emb = self.neck(narrow_to(full_precision(self.reduce(feat)), feat))
+        emb = self.neck(self.post(narrow_to(full_precision(self.reduce(feat)), feat)))
         return ReIDOut(self.classifier(emb), feat, emb)
 
 # %% ../nbs/04_heads.ipynb #abec3545
 imagenet_mean,imagenet_std = (0.485,0.456,0.406),(0.229,0.224,0.225)
 
-# %% ../nbs/04_heads.ipynb #cb26ad8b
+# %% ../nbs/04_heads.ipynb #e93532ed
 def _check_pictures(x, n, least):
     if x.ndim!=4 or x.shape[1]!=n or x.shape[0]==0 or min(x.shape[2:])<least or not x.is_floating_point():
         raise ValueError(f'expected a non-empty batch of pictures (B,{n},H,W), float in [0,1], H and W at least '
@@ -136,95 +150,194 @@ class ReIDModel(nn.Module):
         backbone:nn.Module, # (B,3,H,W) to (B,C,h,w)
         pool:nn.Module, # (B,C,h,w) to (B,C)
         head:nn.Module, # (B,C) to `ReIDOut`
-        mean:tuple=imagenet_mean, # Subtracted from each channel, in the [0,1] space of the input
-        std:tuple=imagenet_std, # Divides each channel, in the [0,1] space of the input
+        mean:tuple=None, # Subtracted from each channel, in the [0,1] space of the input; by default the backbone's `mean`, or ImageNet's
+        std:tuple=None, # Divides each channel; by default the backbone's `std`, or ImageNet's
+        test_on:str='emb', # What evaluation gives: 'emb', 'feat' before the neck, or 'logits' to classify
     ):
         super().__init__()
+        mean,std = mean or getattr(backbone, 'mean', imagenet_mean),std or getattr(backbone, 'std', imagenet_std)
         if len(mean)!=len(std) or min(std)<=0: raise ValueError(
             f'mean and std need one value per channel, std above 0; got mean={mean}, std={std}')
         self.backbone,self.pool,self.head,self.recipe = backbone,pool,head,None
+        self.test_on = check_choice('test_on', test_on, ReIDOut._fields)
         for k,v in dict(mean=mean, std=std).items():
             self.register_buffer(k, torch.tensor(v, dtype=torch.float32).view(1,-1,1,1), persistent=False)
 
-# %% ../nbs/04_heads.ipynb #13119d39
+# %% ../nbs/04_heads.ipynb #145f89a7
+@patch(as_prop=True)
+def n_cams(self:ReIDModel)->int: # 0 for none
+    "How many cameras the networks of the model know"
+    return max(getattr(o, 'n_cams', 0) for o in self.modules() if o is not self)
+
+@patch
+def set_norm(self:ReIDModel,
+    mean:tuple, # Subtracted from each channel, in the [0,1] space of the input
+    std:tuple, # Divides each channel
+):
+    "Change the normalisation, in the recipe too"
+    for k,v in dict(mean=mean, std=std).items():
+        new = torch.tensor(v).view(1,-1,1,1).to(getattr(self, k))
+        if torch.equal(new, getattr(self, k)): continue
+        getattr(self, k).copy_(new)
+        spec = self.recipe and self.recipe.get('model', dict(kw=self.recipe))
+        if spec: spec['kw'][k] = [float(o) for o in v]
+
+@patch
+def normalise(self:ReIDModel,
+    x:torch.Tensor, # Pictures, (B,3,H,W) RGB in [0,1]
+)->torch.Tensor: # The same shape
+    "Subtract `mean` and divide by `std`"
+    return (x.as_subclass(torch.Tensor)-self.mean)/self.std
+
+# %% ../nbs/04_heads.ipynb #25b39698
 @patch
 def fmap(self:ReIDModel,
     x:torch.Tensor, # Pictures, (B,3,H,W) RGB in [0,1]
+    camid:torch.Tensor=None, # Cameras, (B,) int64; only for a backbone with `n_cams`
 )->torch.Tensor: # Feature map, (B,C,h,w)
     "The backbone's feature map of `x`"
     _check_pictures(x, self.mean.shape[1], getattr(self.backbone, 'total_stride', 1))
-    return self.backbone((x.as_subclass(torch.Tensor)-self.mean)/self.std)
+    x = self.normalise(x)
+    return self.backbone(x, camid) if getattr(self.backbone, 'n_cams', 0) else self.backbone(x)
 
 @patch
 def outputs(self:ReIDModel,
     x:torch.Tensor, # Pictures, (B,3,H,W) RGB in [0,1]
+    camid:torch.Tensor=None, # As in `fmap`
 )->ReIDOut: # All three outputs, in either mode
     "Logits, feature and embedding of `x`"
-    return self.head(self.pool(self.fmap(x)))
+    return self.head(self.pool(self.fmap(x, camid)))
 
 @patch
 def forward(self:ReIDModel,
     x:torch.Tensor, # Pictures, (B,3,H,W) RGB in [0,1]
-    camid:torch.Tensor=None, # Cameras, (B,) int64; for models that know cameras, not used by this one
+    camid:torch.Tensor=None, # As in `fmap`
 )->ReIDOut|torch.Tensor: # `ReIDOut` in training, embeddings (B,D) in evaluation
-    "All outputs in training, the embedding in evaluation; those of several parts are joined"
-    out = self.outputs(x)
+    "All outputs in training, what `test_on` says in evaluation; those of several parts are joined"
+    out = self.outputs(x, camid)
     if self.training: return out
-    return torch.cat(out.emb, 1) if isinstance(out.emb, (list,tuple)) else out.emb
+    res = getattr(out, self.test_on)
+    return torch.cat(res, 1) if isinstance(res, (list,tuple)) else res
 
-# %% ../nbs/04_heads.ipynb #cde173ad
-def _make(piece, *args):
+# %% ../nbs/04_heads.ipynb #ba1f1357
+@contextmanager
+def eval_mode(
+    model:nn.Module, # Any module
+):
+    "`model` in evaluation mode; afterwards each of its layers is as it was"
+    was = [(o,o.training) for o in model.modules()]
+    model.eval()
+    try: yield model
+    finally:
+        for o,training in was: o.training = training
+
+# %% ../nbs/04_heads.ipynb #8630544e
+def make_piece(
+    piece:str|Callable, # Function, class or partial that makes a module, a module, or 'timm/NAME'
+    *args, # What to call it with, if it is no module yet
+)->nn.Module: # The module
+    "A piece of a model, made if it is not there yet"
     if isinstance(piece, nn.Module): return piece
+    if isinstance(piece, str): return from_timm_name(piece)
     if not callable(piece): raise ValueError(f'{piece!r} is no function, class, partial or module: pass e.g. resnet50 itself')
     return piece(*args)
 
-def _is_plain(o):
-    if isinstance(o, (list,tuple)): return all(map(_is_plain, o))
-    if isinstance(o, dict): return all(map(_is_plain, [*o.keys(), *o.values()]))
-    return o is None or type(o) in (str,int,float,bool)
-
-def _describe(piece):
-    if isinstance(piece, nn.Module): return None
-    fn,args,kw = (piece.func,piece.args,piece.keywords) if isinstance(piece, partial) else (piece,(),{})
-    if args: kw = {**dict(zip(inspect.signature(fn).parameters, args)), **kw}
-    kw = {k:v for k,v in kw.items() if k!='pretrained'}
-    return dict(fn=f'{fn.__module__}.{fn.__qualname__}', kw=kw) if hasattr(fn, '__qualname__') and _is_plain(kw) else None
-
-# %% ../nbs/04_heads.ipynb #89ea11f2
-def reid_model(
-    n_pids:int, # Number of training identities
-    backbone:callable=resnet50, # Function, class or partial giving a module with `n_feat`, or such a module
-    pool:callable=GeM, # Function, class or partial giving a module (B,C,h,w) to (B,C), or such a module
-    head:callable=BNNeckHead, # Function, class or partial taking (n_feat, n_pids), or a module (B,C) to `ReIDOut`
-    mean:tuple=imagenet_mean, # Subtracted from each channel, in the [0,1] space of the input
-    std:tuple=imagenet_std, # Divides each channel, in the [0,1] space of the input
-)->ReIDModel: # Untrained except for what `backbone` loads; `model.recipe` says how it was made
-    "Put a model together from three pieces"
-    net = _make(backbone)
+def make_backbone(
+    piece:str|Callable, # As in `make_piece`
+)->nn.Module: # The module, which has `n_feat`
+    "A backbone, made if it is not there yet"
+    net = make_piece(piece)
     if not hasattr(net, 'n_feat'): raise ValueError(f'the backbone {type(net).__name__} has no attribute `n_feat`: set it '
         'to the number of channels of its feature map')
-    model = ReIDModel(net, _make(pool), _make(head, net.n_feat, n_pids), mean, std)
+    return net
+
+def make_pool(
+    piece:callable, # As in `make_piece`
+    n_feat:int, # Channels of the map, given to it if it asks for `n_feat`
+)->nn.Module: # The module; `n_out` values per channel if it has such an attribute, else 1
+    "A pooling, made if it is not there yet"
+    made = isinstance(piece, nn.Module) or not callable(piece) or 'n_feat' in getattr(piece, 'keywords', ())
+    asks = not made and 'n_feat' in inspect.signature(getattr(piece, 'func', piece)).parameters
+    return make_piece(piece, *([n_feat] if asks else []))
+
+# %% ../nbs/04_heads.ipynb #7b1ef72b
+def _plain(o):
+    if o is None or type(o) in (str,int,float,bool): return o
+    if isinstance(o, numbers.Real): return int(o) if isinstance(o, numbers.Integral) else float(o)
+    if isinstance(o, (list,tuple)): return [_plain(p) for p in o] if isinstance(o, list) else tuple(map(_plain, o))
+    if type(o) is dict: return {_plain(k):_plain(v) for k,v in o.items()}
+    if isinstance(o, nn.Module) or not callable(o): raise TypeError
+    return _call(o)
+
+def _call(piece):
+    fn,args,kw = (piece.func,piece.args,piece.keywords) if isinstance(piece, partial) else (piece,(),{})
+    if args: kw = {**dict(zip(inspect.signature(fn).parameters, args)), **kw}
+    return dict(fn=f'{fn.__module__}.{fn.__qualname__}', kw={k:_plain(v) for k,v in kw.items() if k!='pretrained'})
+
+def _describe(piece):
+    try: return None if isinstance(piece, nn.Module) else _call(piece)
+    except (TypeError,AttributeError): return None
+
+# %% ../nbs/04_heads.ipynb #ac0678f9
+def reid_model(
+    n_pids:int=0, # Number of training identities, 0 to search only; the backbone may come first
+    backbone:str|Callable=resnet50, # Function, class or partial giving a module with `n_feat`, such a module, or 'timm/NAME'
+    pool:callable=None, # As `backbone`, for a module (B,C,h,w) to (B,C); by default `GeM`, or `AvgPool` for a backbone with `signed_map`
+    head:callable=BNNeckHead, # Function, class or partial taking (n_feat, n_pids), or a module (B,C) to `ReIDOut`
+    mean:tuple=None, # Subtracted from each channel, in the [0,1] space of the input; by default the backbone's `mean`, or ImageNet's
+    std:tuple=None, # Divides each channel; by default the backbone's `std`, or ImageNet's
+    test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'
+)->ReIDModel: # Untrained except for what `backbone` loads; `model.recipe` says how it was made
+    "Put a model together from three pieces"
+    if isinstance(n_pids, (str,Callable)): n_pids,backbone = backbone if isinstance(backbone, int) else 0,n_pids
+    if isinstance(backbone, str): backbone = partial(from_timm_name, backbone)
+    net = make_backbone(backbone)
+    mean,std = mean or getattr(net, 'mean', imagenet_mean),std or getattr(net, 'std', imagenet_std)
+    pool = pool or (AvgPool if getattr(net, 'signed_map', False) else GeM)
+    pooling = make_pool(pool, net.n_feat)
+    model = ReIDModel(net, pooling, make_piece(head, net.n_feat*getattr(pooling, 'n_out', 1), n_pids), mean, std, test_on)
     pieces = dict(backbone=_describe(backbone), pool=_describe(pool), head=_describe(head))
-    model.recipe = dict(n_pids=int(n_pids), **pieces, mean=[float(o) for o in mean], std=[float(o) for o in std])
+    model.recipe = dict(n_pids=int(n_pids), **pieces, mean=[float(o) for o in mean], std=[float(o) for o in std], test_on=test_on)
     return model
 
-# %% ../nbs/04_heads.ipynb #6c6d5b8d
-def _find(name, spec):
-    if spec is None: raise ValueError(f'the recipe does not say how its {name} was made (it came as a ready module or with '
-        'arguments that are not plain Python): build the model yourself and pass it')
-    fn,kw = spec['fn'],spec['kw']
+# %% ../nbs/04_heads.ipynb #613f28db
+def _public(name, fn):
     mod,_,obj = fn.rpartition('.')
     if not re.fullmatch(r'fastreid_nb\.\w+', mod): raise ValueError(f'the recipe makes its {name} with {fn}, which is not '
         'part of fastreid_nb and is therefore not run: build the model yourself and pass it')
     m = import_module(mod)
     if obj not in getattr(m, '__all__', []): raise ValueError(f'{mod} has no public name {obj}: is this recipe from '
         'another version?')
-    return partial(getattr(m, obj), **kw)
+    fn = getattr(m, obj)
+    makes = fn if isinstance(fn, type) else inspect.signature(fn).return_annotation
+    if not isinstance(makes, type) or not issubclass(makes, nn.Module): raise ValueError(f'the recipe makes its {name} with {fn.__name__}, '
+        'which makes no part of a network and is therefore not run')
+    return fn
+
+def _find(name, spec):
+    if spec is None: raise ValueError(f'the recipe does not say how its {name} was made (it came as a ready module or with '
+        'arguments that are not plain Python): build the model yourself and pass it')
+    nested = {k:_find(k, v) for k,v in spec['kw'].items() if isinstance(v, dict) and v.keys()=={'fn','kw'}}
+    return partial(_public(name, spec['fn']), **{**spec['kw'], **nested})
 
 def model_from_recipe(
-    recipe:dict, # `recipe` of a model made by `reid_model`
+    recipe:dict, # `recipe` of a model
 )->ReIDModel: # The same architecture with new weights
     "Rebuild a model from its recipe, running nothing but this library"
-    if not isinstance(recipe, dict): raise ValueError('no recipe: this model was not put together by reid_model; build it yourself and pass it')
+    if not isinstance(recipe, dict): raise ValueError('no recipe: this model was not put together by this library; build it yourself and pass it')
+    if 'model' in recipe: return _find('model', recipe['model'])()
     pieces = {k:_find(k, recipe[k]) for k in ('backbone','pool','head')}
-    return reid_model(recipe['n_pids'], **pieces, mean=recipe['mean'], std=recipe['std'])
+    return reid_model(recipe['n_pids'], **pieces, mean=recipe['mean'], std=recipe['std'], test_on=recipe.get('test_on', 'emb'))
+
+# %% ../nbs/04_heads.ipynb #ed033e4c
+def keep_recipe(
+    fn:callable, # Function that returns a `ReIDModel`
+)->callable: # The same function; its models have a `recipe`
+    "Decorator for functions that make models: the model remembers the call, so that a checkpoint can repeat it"
+    @wraps(fn)
+    def _f(*args, **kwargs):
+        model = fn(*args, **kwargs)
+        spec = _describe(partial(_f, *args, **kwargs))
+        model.recipe = None if spec is None else dict(model=spec)
+        return model
+    return _f

@@ -6,16 +6,15 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.html.md"""
 
 # %% auto #0
 __all__ = ['reid_cbs', 'reid_adam', 'warmup_flat_cos', 'best_dtype', 'Amp', 'FreezeBackbone', 'ReIDLearner', 'EpochSeed',
-           'SkipValidLoss', 'reid_loss', 'reid_splitter', 'reid_learner', 'atomic_path', 'save_reid', 'load_reid']
+           'PassCamera', 'SkipValidLoss', 'reid_loss', 'reid_splitter', 'reid_learner', 'save_reid', 'load_reid']
 
-# %% ../nbs/06_train.ipynb #af98d709
-import contextlib, os
+# %% ../nbs/06_train.ipynb #459a7ac3
 from functools import partial
 from pathlib import Path
 from . import __version__
 from .augment import Preproc
 from .backbone import resnet50
-from .pooling import GeM
+from .files import atomic_path, fill, read_torch
 from .heads import BNNeckHead, ReIDModel, model_from_recipe, reid_model
 from .losses import CrossEntropy, ReIDLoss, TripletLoss
 
@@ -92,7 +91,13 @@ class Amp(MixedPrecision):
         for o in self.hooks: o.remove()
         self.hooks = []
 
-# %% ../nbs/06_train.ipynb #3d059646
+# %% ../nbs/06_train.ipynb #29c86b02
+def _body(model):
+    "What may come with pretrained weights: the backbone, and the stages that branches of a part model copied from it"
+    if hasattr(model, 'models'): return [o for m in model.models for o in _body(m)]   # an ensemble
+    branches = getattr(getattr(model, 'head', None), 'branches', None)
+    return [model.backbone, *([] if branches is None else [branches])]
+
 class FreezeBackbone(Callback):
     "Leave the backbone's weights and BatchNorm statistics alone for the first `n_iters` iterations of a fit"
     order,run_valid = -5,False # after TrainEvalCallback, which calls model.train()
@@ -103,11 +108,11 @@ class FreezeBackbone(Callback):
 
     def before_fit(self):
         self.n,self.net = 0,self.model # `model` is gone when `undo` runs after an error
-        self.was = [(p,p.requires_grad) for p in self.net.backbone.parameters()]
+        self.was = [(p,p.requires_grad) for o in _body(self.net) for p in o.parameters()]
         for p,_ in self.was: p.requires_grad_(False).grad = None
 
     def before_train(self):
-        if self.was: self.net.backbone.eval()
+        if self.was: self._train(False)
     def before_batch(self):
         if self.was and self.n>=self.n_iters: self.undo()
         self.n += 1
@@ -117,10 +122,13 @@ class FreezeBackbone(Callback):
         "Give the backbone back"
         if not self.was: return
         for p,flag in self.was: p.requires_grad_(flag)
-        if self.net.training: self.net.backbone.train()
+        if self.net.training: self._train()
         self.was = None
 
-# %% ../nbs/06_train.ipynb #dcba8e1d
+    def _train(self, mode=True):
+        for o in _body(self.net): o.train(mode)
+
+# %% ../nbs/06_train.ipynb #eb78dbd9
 class ReIDLearner(Learner):
     "A `Learner` whose callbacks are undone on every exit from a fit, errors and Ctrl-C included"
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
@@ -135,6 +143,7 @@ class ReIDLearner(Learner):
         if isinstance(cb, MixedPrecision): self.remove_cbs([o for o in self.cbs if isinstance(o, MixedPrecision)])
         return super().add_cb(cb)
 
+# %% ../nbs/06_train.ipynb #27011845
 class EpochSeed(Callback):
     "Give each epoch of a learner's life its own seed"
     order,run_valid = -20,False
@@ -143,14 +152,20 @@ class EpochSeed(Callback):
     def before_train(self): self.dls.train.epoch = self.n_seen
     def after_train(self): self.n_seen += 1
 
+class PassCamera(Callback):
+    "Give the cameras to a model that has `n_cams`"
+    order = -21
+    def before_batch(self):
+        if getattr(self.model, 'n_cams', 0): self.learn.xb = (*self.xb, self.yb[1])
+
 class SkipValidLoss(Callback):
     "No loss in validation: the identities are new"
     order = -20
     def before_batch(self):
         if not self.training: self.learn.yb = ()
 
-# %% ../nbs/06_train.ipynb #54e59922
-reid_cbs = [EpochSeed, SkipValidLoss] # Callbacks of every learner; `07c_inference` adds the scores
+# %% ../nbs/06_train.ipynb #0ed659af
+reid_cbs = [EpochSeed, PassCamera, SkipValidLoss] # Callbacks of every learner; `07c_inference` adds the scores
 reid_adam = partial(Adam, eps=1e-8, sqr_mom=.999, decouple_wd=False)
 
 def reid_loss()->ReIDLoss: # Cross entropy (smoothing 0.1) + batch-hard triplet (margin 0.3)
@@ -162,14 +177,15 @@ def reid_splitter(
     loss:callable=None, # Its parameters, if it has any, are trained too
 )->list: # Two lists of parameters: backbone, everything else
     "Parameter groups of a re-identification model"
-    inside = set(params(model.backbone))
-    return [params(model.backbone), [o for o in params(model) if o not in inside] + (params(loss) if isinstance(loss, nn.Module) else [])]
+    body = [p for o in _body(model) for p in params(o)]
+    inside = set(body)
+    return [body, [o for o in params(model) if o not in inside] + (params(loss) if isinstance(loss, nn.Module) else [])]
 
-# %% ../nbs/06_train.ipynb #90aa710f
+# %% ../nbs/06_train.ipynb #deff8b7c
 def reid_learner(
     dls:DataLoaders, # From `reid_dls`
     backbone:callable=resnet50, # Function, class or partial giving a module with `n_feat`, or such a module
-    pool:callable=GeM, # Gives a module (B,C,h,w) → (B,C), or such a module
+    pool:callable=None, # Gives a module (B,C,h,w) → (B,C), or such a module; by default as `reid_model`
     head:callable=BNNeckHead, # Takes (n_feat, n_pids), or a module (B,C) → `ReIDOut`
     model:nn.Module=None, # A ready model instead of the three pieces
     loss:callable=None, # `(ReIDOut, pid, camid) → scalar`; by default `reid_loss()`
@@ -185,7 +201,8 @@ def reid_learner(
     if model is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = reid_model(len(dls.pids), backbone, pool, head, dls.preproc.mean, dls.preproc.std)
+            model = reid_model(len(dls.pids), backbone, pool, head)
+            if not hasattr(model.backbone, 'mean'): model.set_norm(dls.preproc.mean, dls.preproc.std)
     own = [[round(float(v), 5) for v in o.flatten()] for o in (model.mean,model.std)] if hasattr(model, 'mean') else None
     want = [[round(float(v), 5) for v in o] for o in (dls.preproc.mean,dls.preproc.std)]
     if own not in (None,want): raise ValueError(f'the model normalises with {own}, the data with {want}: expected the same mean and std')
@@ -215,23 +232,7 @@ def fit_warmup_cos(self:Learner,
     sched = ParamScheduler({'lr': warmup_flat_cos(lr, warm/n_epoch, flat/n_epoch, end=end)})
     self.fit(n_epoch, cbs=[sched, *([FreezeBackbone(freeze_iters)] if freeze_iters else []), *L(cbs)])
 
-# %% ../nbs/06_train.ipynb #cfafce76
-@contextlib.contextmanager
-def atomic_path(
-    path:str|Path, # File to write
-):
-    "Yield a temporary path beside `path`, renamed to it when the block ends without an error"
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.touch()
-        yield tmp
-        os.replace(tmp, path)
-    except OSError as e: raise OSError(e.errno, f'cannot write {path} ({e.strerror or e}): choose a folder you may write to, with room on the disk') from e
-    finally:
-        with contextlib.suppress(OSError): tmp.unlink()
-
+# %% ../nbs/06_train.ipynb #32687a2f
 def save_reid(
     path:str|Path, # File to write, by custom ending in .pt
     model:ReIDModel, # Model to keep
@@ -240,9 +241,12 @@ def save_reid(
     threshold:float=None, # Distance below which two pictures count as one identity
 ):
     "Save a model with all that is needed to use it, in one file"
+    own = {k:[float(o) for o in getattr(model, k).flatten()] for k in ('mean','std') if hasattr(model, k)}
+    off = [k for k,v in own.items() if not np.allclose(v, getattr(preproc, k), atol=1e-4)]
+    if off: raise ValueError(f'the model normalises with {own}, the preproc to be saved with it with mean {preproc.mean} and std {preproc.std}: make them equal')
     state = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
     ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=state, preproc=preproc.to_dict(),
-        pids=[int(o) for o in pids], threshold=None if threshold is None else float(threshold))
+        test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids], threshold=None if threshold is None else float(threshold))
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(ck, f)
 
 @patch
@@ -253,21 +257,12 @@ def save_reid(self:Learner,
     "Save the model with its preprocessing and class ids, in one file"
     save_reid(path, self.model, self.dls.preproc, self.dls.pids, threshold)
 
-# %% ../nbs/06_train.ipynb #a8ba10be
+# %% ../nbs/06_train.ipynb #d2391e3b
 def _read_checkpoint(path):
-    if not Path(path).is_file(): raise FileNotFoundError(f'no checkpoint {path}')
-    try: ck = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f'cannot read {path} as a checkpoint: truncated, or not written by save_reid ({type(e).__name__})') from e
+    ck = read_torch(path, 'a model (a checkpoint of save_reid)')
     if not (isinstance(ck, dict) and ck.get('format')=='fastreid_nb'):
         raise ValueError(f'{path} is no fastreid_nb checkpoint: it holds {list(ck)[:5] if isinstance(ck, dict) else type(ck).__name__}')
     return ck
-
-def _check_fit(model, state, path):
-    own = model.state_dict()
-    wrong = [f'{k}: {tuple(v.shape)} in the file, {tuple(own[k].shape)} in the model' for k,v in state.items() if k in own and own[k].shape!=v.shape]
-    missing,extra = [k for k in own if k not in state],[k for k in state if k not in own]
-    if wrong or missing or extra: raise ValueError('\n'.join([f'{path} holds another model than the one it is loaded into',
-        *(f'{what}: {len(o)} entries, first {o[:3]}' for what,o in (('other shapes',wrong), ('not in the file',missing), ('not in the model',extra)) if o)]))
 
 def load_reid(
     path:str|Path, # Written by `save_reid`
@@ -280,9 +275,8 @@ def load_reid(
         try: model = model_from_recipe(ck['recipe'])
         except (KeyError,TypeError) as e: raise ValueError(
             f'{path} was written by version {ck["version"]} and cannot be rebuilt by {__version__} ({e}): build the model yourself and pass it') from e
-    _check_fit(model, ck['state'], path)
-    model.load_state_dict(ck['state'])
-    for k in ('mean','std'):
-        if hasattr(model, k): getattr(model, k).copy_(torch.tensor(ck['preproc'][k]).view(1,-1,1,1))
+    fill(model, ck['state'], path, ignore=())
+    if hasattr(model, 'set_norm'): model.set_norm(ck['preproc']['mean'], ck['preproc']['std'])
+    if 'test_on' in ck: model.test_on = ck['test_on']
     model.preproc,model.pids,model.threshold = Preproc.from_dict(ck['preproc']),ck['pids'],ck['threshold']
     return model.to(device, memory_format=torch.channels_last).eval()

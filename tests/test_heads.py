@@ -7,7 +7,7 @@ from fastai.torch_core import TensorImage, apply, to_cpu, to_detach, to_device, 
 from torch import nn
 
 from fastreid_nb.backbone import resnet, resnet18
-from fastreid_nb.heads import (BNNeck, BNNeckHead, Classifier, LinearHead, ReductionHead, ReIDOut, cosine_logits, imagenet_mean,
+from fastreid_nb.heads import (BNNeck, BNNeckHead, Classifier, LinearHead, ReductionHead, ReIDModel, ReIDOut, cosine_logits, imagenet_mean,
                                imagenet_std, model_from_recipe, reid_model)
 from fastreid_nb.losses import CrossEntropy, TripletLoss
 from fastreid_nb.pooling import AvgPool, GeM, MaxPool
@@ -65,6 +65,28 @@ def test_golden_head(path, case):
     loss.backward()
     close(loss, z[f'{tag}_loss_ce0.1_plus_tri0.3'])
     close(fmap.grad.mean((2,3)), z[f'{tag}_grad_features_in_mean_hw'])
+
+@pytest.mark.parametrize('kind', ['Linear','CircleSoftmax'])
+@pytest.mark.parametrize('path', golden_files('classification_head*.npz') or [None])
+def test_golden_classification_head(path, kind):
+    "A model that gives logits in evaluation is the reference's image classifier; its scale is in the loss here"
+    if path is None: missing('classification_head*.npz')
+    z = np.load(path)
+    if f'{kind}_eval_logits' not in z.files: missing(f'{path.name}: {kind}')
+    neck = 'state_bn96_weight' in z.files
+    head = (BNNeckHead if neck else LinearHead)(96, 13, cosine=kind!='Linear')
+    state = {'classifier.weight':z['state_cls96']}|{f'neck.{k}':z[f'state_bn96_{k}'] for k in ('weight','bias','running_mean','running_var')}
+    assert set(head.load_state_dict({k:torch.tensor(v) for k,v in state.items()}, strict=False).missing_keys)<={'neck.num_batches_tracked'}
+    model = ReIDModel(nn.Identity(), AvgPool(), head, (0.,)*96, (1.,)*96, test_on='logits')
+    x = torch.tensor(z['features'])
+    want = torch.tensor(z[f'{kind}_eval_logits'])
+    with torch.no_grad(): logits = model.eval()(x)
+    scale = (want/logits).median()
+    close(logits*scale, want)
+    out = model.train()(x)
+    close(out.logits*scale, z[f'{kind}_train_pred_class_logits'])
+    close(out.emb, z[f'{kind}_train_features'])
+    if kind=='Linear': close(scale, torch.tensor(1.))
 
 def an_out(): return ReIDOut(torch.rand(2, 3), torch.rand(2, 4), torch.rand(2, 5))
 

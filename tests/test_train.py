@@ -131,12 +131,12 @@ def test_bad_checkpoints(tmp_path, dls):
     with pytest.raises(ValueError, match='truncated, or not written'): load_reid(tmp_path/'text.pt')
     torch.save([1,2], tmp_path/'list.pt')
     with pytest.raises(ValueError, match='holds list'): load_reid(tmp_path/'list.pt')
-    with pytest.raises(FileNotFoundError, match='no checkpoint'): load_reid(tmp_path/'none.pt')
+    with pytest.raises(FileNotFoundError, match='no file'): load_reid(tmp_path/'none.pt')
     model = reid_model(5, resnet18)
     before = model.head.classifier.weight.clone()
     with pytest.raises(ValueError, match='other shapes'): load_reid(good, model)
     assert torch.equal(model.head.classifier.weight, before)
-    with pytest.raises(ValueError, match='not in the model'): load_reid(good, reid_model(4, TinyNet))
+    with pytest.raises(ValueError, match='not in the network'): load_reid(good, reid_model(4, TinyNet))
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch, dls):
     f = tmp_path/'m.pt'
