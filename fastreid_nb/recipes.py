@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 warnings.filterwarnings('ignore', message='.*torch.jit.script|.*chained_assignment') # of libraries at import
 
-# %% ../nbs/14_recipes.ipynb #6638f699
+# %% ../nbs/14_recipes.ipynb #cc4cbe40
 import pandas as pd, matplotlib.pyplot as plt
 from fastcore.script import anno_parser
 from fastai.learner import Learner
@@ -26,7 +26,8 @@ from .eval import ReIDResult
 from .floors import floor_scores
 from .inference import evaluate_data
 from .toy import toy_reid
-from .train import atomic_path, best_dtype, load_reid, reid_learner
+from .files import atomic_path
+from .train import best_dtype, load_reid, reid_learner
 
 # %% ../nbs/14_recipes.ipynb #fa5b4787
 def read_data(

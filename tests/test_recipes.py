@@ -40,7 +40,7 @@ def test_wrong_calls(capsys, tmp_path, folder):
     assert 'such as 256x128' in says(capsys, 1, 'train', folder, '--size', 'big', '--out', tmp_path/'o')
     assert 'expected one of resnet18' in says(capsys, 1, 'train', folder, '--backbone', 'resnet9', '--out', tmp_path/'o')
     assert 'use p=6 or less' in says(capsys, 1, 'train', folder, *quick, '--p', 16, '--out', tmp_path/'o')
-    assert 'no checkpoint' in says(capsys, 1, 'eval', tmp_path/'m.pt', folder, '--out', tmp_path/'o')
+    assert 'no file' in says(capsys, 1, 'eval', tmp_path/'m.pt', folder, '--out', tmp_path/'o')
 
 def test_output_folder_is_tried_first(capsys, tmp_path, folder):
     (tmp_path/'file').touch()
