@@ -36,7 +36,7 @@ def golden_keys():
 def golden_pool(m, hw):
     "Our layer for a matched key"
     p = float(m['p'] or 3)
-    if m['name']=='FlattenPool': return FlattenPool(hw)
+    if m['name']=='Flatten': return FlattenPool(hw)
     if m['name']=='GeM': return GridGeM((int(m['h']), int(m['w'])), p) if m['h'] else GeM(p)
     if m['name'] not in built or m['p'] or m['h']: missing(f'pooling layer {m[0]}')
     return built[m['name']]()
