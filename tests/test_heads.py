@@ -209,6 +209,37 @@ def test_recipe_round_trip(kw):
     with torch.no_grad(): assert torch.equal(twin(x), model(x))
     assert twin.recipe==model.recipe and 'mean' not in model.state_dict()
 
+@pytest.mark.parametrize('fn', ['fastreid_nb.toy.toy_reid','fastreid_nb.losses.smooth_cross_entropy','fastreid_nb.files.atomic_path'])
+def test_recipe_calls_only_what_makes_networks(fn):
+    recipe = reid_model(3, resnet18).recipe
+    for bad in (dict(recipe, backbone=dict(fn=fn, kw={})), dict(model=dict(fn=fn, kw={}))):
+        with pytest.raises(ValueError, match='makes no part of a network'): model_from_recipe(bad)
+
+def test_backbone_may_come_first():
+    assert reid_model(resnet18).head.classifier.out_features==0 and reid_model(resnet18, 7).head.classifier.out_features==7
+    assert reid_model(resnet18).eval()(torch.rand(1, 3, 32, 32)).shape==(1,512)
+
+def test_timm_by_name():
+    pytest.importorskip('timm')
+    model = reid_model('timm/vit_tiny_patch16_224', 7)
+    assert isinstance(model.pool, AvgPool) and model.mean.flatten().tolist()==pytest.approx(model.backbone.mean)
+    twin = model_from_recipe(json.loads(json.dumps(model.recipe)))
+    assert twin.state_dict().keys()==model.state_dict().keys()
+
+def test_signed_maps_are_not_clamped():
+    class Signed(Tiny): signed_map = True
+    assert isinstance(reid_model(5, Signed).pool, AvgPool) and isinstance(reid_model(5, Tiny).pool, GeM) and isinstance(reid_model(5, Signed, GeM).pool, GeM)
+
+def test_numbers_of_numpy_are_written_down():
+    recipe = reid_model(np.int64(3), resnet18, head=partial(ReductionHead, n_emb=np.int64(5), dropout=np.float64(.5))).recipe
+    assert recipe['head']['kw']==dict(n_emb=5, dropout=.5) and json.dumps(recipe)
+
+def test_set_norm_is_in_the_recipe():
+    model = reid_model(3, resnet18)
+    model.set_norm((.5,)*3, (.25,)*3)
+    twin = model_from_recipe(model.recipe)
+    assert twin.mean.flatten().tolist()==[.5]*3 and twin.std.flatten().tolist()==[.25]*3
+
 def test_recipe_leaves_pretrained_out(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path/'w.pth')
     model = reid_model(3, partial(resnet18, pretrained=tmp_path/'w.pth'))

@@ -202,3 +202,22 @@ def test_file_without_recipe_or_of_another_version(tmp_path, dls):
         model.recipe = recipe
         save_reid(tmp_path/'m.pt', model, dls.preproc)
         with pytest.raises(ValueError, match=msg): load_reid(tmp_path/'m.pt')
+
+def test_save_refuses_another_normalisation(tmp_path):
+    "Otherwise the loaded model would normalise as the preproc says, and give other features"
+    model = reid_model(3, resnet18, mean=(.5,)*3, std=(.5,)*3)
+    with pytest.raises(ValueError, match='make them equal'): save_reid(tmp_path/'m.pt', model, Preproc())
+    assert not (tmp_path/'m.pt').exists()
+
+def test_what_evaluation_gives_is_saved(tmp_path):
+    model = reid_model(3, resnet18)
+    model.test_on = 'logits'
+    save_reid(tmp_path/'m.pt', model, Preproc())
+    assert load_reid(tmp_path/'m.pt')(torch.rand(1, 3, 32, 32)).shape==(1,3)
+
+def test_an_ensemble_is_trained(dls):
+    from fastreid_nb.ensemble import Ensemble
+    learn = reid_learner(dls, model=Ensemble([reid_model(len(dls.pids), resnet18), reid_model(len(dls.pids), resnet18)]))
+    with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(1, freeze_iters=1)
+    body,rest = learn.splitter(learn.model)
+    assert len(body)+len(rest)==len(list(learn.model.parameters())) and all(p.requires_grad for p in body)
