@@ -38,7 +38,7 @@ class ReIDOut(namedtuple('ReIDOut', 'logits feat emb')):
         def sz(o): return [sz(p) for p in o] if isinstance(o, (list,tuple)) else tuple(getattr(o, 'shape', ())) or o
         return f'ReIDOut({", ".join(f"{k}={sz(v)}" for k,v in self._asdict().items())})'
 
-# %% ../nbs/04_heads.ipynb #17f2e8f7
+# %% ../nbs/04_heads.ipynb #a7ec51f2
 def cosine_logits(
     emb:torch.Tensor, # Embeddings, (B,D)
     weight:torch.Tensor, # One row per identity, (n_pids,D)
@@ -56,7 +56,9 @@ class Classifier(nn.Linear):
         super().__init__(n_emb, n_pids, bias=False)
         self.cosine = cosine
 
-    def reset_parameters(self): nn.init.normal_(self.weight, std=0.01)
+    def reset_parameters(self):
+        if self.out_features: super().reset_parameters()   # overwritten, but it keeps the random numbers of a seed in step
+        nn.init.normal_(self.weight, std=0.01)
 
     def forward(self,
         emb:torch.Tensor, # Embeddings, (B,D)
