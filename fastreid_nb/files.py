@@ -97,18 +97,20 @@ def weights_by_hand(
     raise FileNotFoundError(f'{name} is published on a page that programs cannot download from: open {page} in a browser and '
         f'save the file as {dst}, give pretrained="path/to/the/file", or start untrained with pretrained=False')
 
-# %% ../nbs/00a_files.ipynb #b4552035
+# %% ../nbs/00a_files.ipynb #424f20bb
+def _check_state(o, source):
+    odd = [k for k,v in o.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)] if isinstance(o, dict) and o else [type(o).__name__]
+    if odd: raise ValueError(f'{source} is no plain dictionary of tensors, because of {odd[:3]}; expected what torch.save(model.state_dict()) writes')
+    return o
+
 def as_state(
     o, # What a file held
     source:str|Path='the state', # Where it comes from, for the error
 )->dict: # Name to tensor
     "The dictionary of tensors in `o`, without the wrappings 'model', 'state_dict' and 'module.' of training programs"
     while isinstance(o, dict) and (k := next((k for k in ('model','state_dict','model_state','net') if isinstance(o.get(k), dict)), None)): o = o[k]
-    if not isinstance(o, dict) or not o: raise ValueError(f'{source} holds a {type(o).__name__}{"" if o else ", an empty one"} that is no plain dictionary '
-        'of tensors; expected what torch.save(model.state_dict()) writes')
-    o = {k:torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k,v in o.items() if k!='n_averaged'}
-    odd = [k for k,v in o.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)]
-    if odd: raise ValueError(f'{source} is no plain dictionary of tensors, because of {odd[:3]}; expected what torch.save(model.state_dict()) writes')
+    if not isinstance(o, dict): return _check_state(o, source)
+    o = _check_state({k:torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k,v in o.items() if k!='n_averaged'}, source)
     while o and all(k.startswith(('module.','_orig_mod.')) for k in o): o = {k.partition('.')[2]:v for k,v in o.items()}
     return o
 
@@ -125,7 +127,7 @@ def _compare(own, state, ignore, new):
     shapes = [f'{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in own if k in names and own[k].shape!=state[k].shape]
     return missing, extra, shapes
 
-# %% ../nbs/00a_files.ipynb #38d0a363
+# %% ../nbs/00a_files.ipynb #a93cad56
 def fill(
     net:nn.Module, # Network to put the weights into
     state:dict, # Name to tensor
@@ -134,7 +136,7 @@ def fill(
     new:tuple=(), # Beginnings of names that the network may have and the file not
 )->list: # Names in `state` that were left out
     "Copy all of `state` into `net`, or nothing: every name, shape and number is checked first"
-    own,state = net.state_dict(),as_state(state, source)
+    own,state = net.state_dict(),_check_state(state, source)
     missing,extra,shapes = _compare(own, state, tuple(ignore), tuple(new))
     lines = [f'{what}: {len(o)}, such as {o[:3]}' for what,o in (('missing in the file',missing), ('not in the network',extra), ('other shapes',shapes)) if o]
     if lines: raise ValueError('\n'.join([f'{source} does not fit {type(net).__name__}; nothing was loaded.{_hint(missing, extra)}', *lines]))

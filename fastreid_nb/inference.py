@@ -31,7 +31,7 @@ from .features import Features, cosine_dist, evaluate
 from .heads import eval_mode
 from .train import Amp, best_dtype, reid_cbs
 
-# %% ../nbs/07c_inference.ipynb #6b122c2b
+# %% ../nbs/07c_inference.ipynb #9786f8de
 def _emb(out, n):
     "The embedding in the output of a model: (n,D), float32, on the CPU"
     out = getattr(out, 'emb', out)
@@ -48,12 +48,11 @@ def extract(
     "Embed every picture of a loader"
     device = next(chain(model.parameters(), model.buffers()), torch.zeros(0)).device
     amp = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype not in (None,torch.float32))
-    embs = []
+    embs,knows_cams = [],getattr(model, 'n_cams', 0)>0
     with eval_mode(model), torch.no_grad(), amp:
         for b in progress_bar(dl, leave=False) if progress else dl:
             xb,*yb = (o.to(device) for o in (b if isinstance(b, (tuple,list)) else [b]))
-            cams = yb[1:2] if getattr(model, 'n_cams', 0) else ()
-            embs.append(_emb(model(xb, *cams), len(xb)))
+            embs.append(_emb(model(xb, *yb[1:2]) if knows_cams else model(xb), len(xb)))
     if not embs: raise ValueError('the loader has no batch: expected one picture or more')
     return torch.cat(embs)
 

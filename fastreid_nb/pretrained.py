@@ -265,7 +265,7 @@ def _leave_out(state, own, keep_rows, origin):
     origin.dropped |= {k.removeprefix('backbone.') if v=='classifier of ImageNet' and origin.source=='imagenet' else k:v for k,v in out.items() if v}
     return {k:v for k,v in state.items() if not out.get(k)}
 
-# %% ../nbs/06a_pretrained.ipynb #324fb17c
+# %% ../nbs/06a_pretrained.ipynb #ddb87750
 def _pool(s): return s['pool'] if callable(s['pool']) else _pools[check_choice('pool', str(s['pool']).lower(), _pools)]
 
 def _whole(path, plain, source, cfg, given, s, origin):
@@ -279,12 +279,13 @@ def _whole(path, plain, source, cfg, given, s, origin):
         return _with(make, backbone=net, cosine=s['cosine'], **more), res
     if found := detect_transreid(plain):
         make,res = found
-        origin.assumed.append('shift=4 and sie_weight=3 (for people; vehicles have a shift of 7)')
+        origin.assumed = [o for o in origin.assumed if not o.startswith('last_stride')]
+        origin.assumed += [f'{k}={v}' for k,v in {'shift':'4 (for people; vehicles have 7)', 'sie_weight':'3'}.items() if k not in given['options']]
         return _with(make, **_vit_options(res['backbone.pos_embed'].shape[1], source, given, s, origin, path)), res
     if source=='fastreid_nb' and any(k.startswith(('head.branches','head.heads')) for k in plain): raise ValueError(
         f'{path} is the state of a part model, which does not say how it was built: keep models with save_reid, or build it and call fill(model, state)')
 
-# %% ../nbs/06a_pretrained.ipynb #153106ca
+# %% ../nbs/06a_pretrained.ipynb #736eb9c9
 def _assemble(path, state, source, cfg, given, origin):
     "What builds the model that the state belongs to, the state under its names, and the settings"
     s = _settle(given, cfg, _guess(source, state), origin)
@@ -296,7 +297,7 @@ def _assemble(path, state, source, cfg, given, origin):
         make,body,strided = detect_backbone(body)
         _check_config(cfg, make, path)
         make = _with(make, **_era_options(source, make, given, origin))
-        if strided or given.get('last_stride') is not None: make = _with(make, last_stride=s['last_stride'])
+        if strided: make = _with(make, last_stride=s['last_stride'])
         if 'pos_embed' in body: make = _with(make, **_vit_options(body['pos_embed'].shape[1], source, given, s, origin, path))
         if 'sie_embed' in body: origin.assumed.append(f'{len(body["sie_embed"])} rows of side information, one per camera counted from 0, with a weight of 3')
     if not strided: origin.assumed = [o for o in origin.assumed if not o.startswith('last_stride')]
@@ -307,15 +308,14 @@ def _assemble(path, state, source, cfg, given, origin):
     if kw: origin.assumed.append('test_on=feat (what TransReID searches with)')
     return partial(reid_model, n_pids, make, None if own else _pool(s), head, **kw), res, s
 
-# %% ../nbs/06a_pretrained.ipynb #e50ef1eb
+# %% ../nbs/06a_pretrained.ipynb #39686472
 def _set_options(make, given, s):
     "The caller's options and the normalisation, for the function that needs them; a wrong option is refused"
     net = make.args[1] if make.func is reid_model else make.keywords.get('backbone')
     target = net if isinstance(net, partial) else make
-    extra = given['options']|{k:given[k] for k in ('stem_pool','dilation') if given[k] is not None}
+    extra = given['options']|{k:given[k] for k in ('last_stride','stem_pool','dilation') if given[k] is not None}
     unknown = [k for k in extra if k not in inspect.signature(target.func).parameters]
-    if given['last_stride'] is not None and 'last_stride' not in inspect.signature(target.func).parameters: unknown.append('last_stride')
-    if unknown and not (given['backbone'] is not None and not extra): raise ValueError(f'{target.func.__name__} has no option {unknown[0]}: it has '
+    if unknown: raise ValueError(f'{target.func.__name__} has no option {unknown[0]}: it has '
         f'{[k for k in inspect.signature(target.func).parameters if k!="pretrained"]}')
     own = given['backbone'] is not None and given['mean'] is None and given['std'] is None
     norm = {} if own else dict(mean=tuple(s['mean']), std=tuple(s['std']))

@@ -51,7 +51,7 @@ def test_a_large_truncated_file_is_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize('change,match', [(lambda s: s|{'x':torch.zeros(1)}, r"not in the network: 1, such as \['x'\]"), (lambda s: s|{'0.bias':torch.zeros(1,4)}, 'other shapes'),
     (lambda s: {k:v for k,v in s.items() if k!='1.running_mean'}, 'missing in the file: 1'), (lambda s: s|{'1.running_var':torch.full((4,), torch.inf)}, 'NaN or infinity'),
-    (lambda s: {}, 'no plain dictionary'), (lambda s: s|{'note':'text'}, 'no plain dictionary'), (lambda s: [s], 'list that is no plain')])
+    (lambda s: {}, 'no plain dictionary'), (lambda s: s|{'note':'text'}, 'no plain dictionary'), (lambda s: [s], r"no plain dictionary of tensors, because of \['list'\]")])
 def test_fill_loads_all_or_nothing(change, match):
     net,good = a_net(),a_net().state_dict()
     before = values(net)
@@ -91,3 +91,9 @@ def test_checksums(tmp_path, monkeypatch, name, checksum):
 def test_small_helpers():
     assert check_choice('a', 1, (1,2))==1 and as_state({'a':torch.zeros(1)}).keys()=={'a'}
     with pytest.raises(ValueError, match=r'a=3: choose one of \[1, 2\]'): check_choice('a', 3, (1,2))
+
+def test_fill_keeps_the_names_of_a_network_called_module():
+    "Wrappings are taken off files, not off networks that have such a part"
+    net = nn.ModuleDict(dict(module=nn.Linear(2, 2)))
+    want = copy.deepcopy(net).state_dict()
+    assert fill(net, {k:v+1 for k,v in want.items()})==[] and torch.equal(net.module.weight.data, want['module.weight']+1)

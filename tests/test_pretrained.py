@@ -311,6 +311,15 @@ def test_wrappings(wrap, tmp_path):
 def test_bad_arguments(kw, match, tmp_path):
     with pytest.raises(ValueError, match=match): quiet(write(tmp_path, fastreid(a_model(), 'C')), **kw)
 
+def test_no_option_is_ignored(tmp_path):
+    class Mine(nn.Sequential):
+        n_feat = 4
+        def __init__(self): super().__init__(nn.Conv2d(3, 4, 3, 2))
+    path = write(tmp_path, fastreid(a_model(backbone=Mine), 'C'))
+    with pytest.raises(ValueError, match='no option last_stride'): quiet(path, backbone=Mine, last_stride=1)
+    path = write(tmp_path, fastreid(a_model(backbone=partial(osnet, 'x0_25')), 'C'))
+    with pytest.raises(ValueError, match='no option last_stride'): quiet(path, last_stride=1)
+
 def test_our_file_takes_no_arguments(tmp_path):
     save_reid(tmp_path/'m.pt', a_model(), Preproc())
     assert quiet(tmp_path/'m.pt').origin.source=='fastreid_nb'
