@@ -97,7 +97,7 @@ def weights_by_hand(
     raise FileNotFoundError(f'{name} is published on a page that programs cannot download from: open {page} in a browser and '
         f'save the file as {dst}, give pretrained="path/to/the/file", or start untrained with pretrained=False')
 
-# %% ../nbs/00a_files.ipynb #424f20bb
+# %% ../nbs/00a_files.ipynb #20c02a43
 def _check_state(o, source):
     odd = [k for k,v in o.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)] if isinstance(o, dict) and o else [type(o).__name__]
     if odd: raise ValueError(f'{source} is no plain dictionary of tensors, because of {odd[:3]}; expected what torch.save(model.state_dict()) writes')
@@ -114,6 +114,7 @@ def as_state(
     while o and all(k.startswith(('module.','_orig_mod.')) for k in o): o = {k.partition('.')[2]:v for k,v in o.items()}
     return o
 
+# %% ../nbs/00a_files.ipynb #38437262
 def _hint(missing, extra):
     for who,names in (('an IBN',extra), ('a plain',missing)):
         if any('.IN.' in k for k in names): return f' The file holds {who} network, this one is none of that kind.'
