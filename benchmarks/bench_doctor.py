@@ -6,9 +6,9 @@ from multiprocessing import get_context
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image, ImageEnhance
-from fastreid_nb import doctor # the method `ReIDData.doctor`; chkstyle: ignore
-from fastreid_nb.data import ReIDData
-from fastreid_nb.toy import toy_reid
+from fastreid_nb.data import doctor # the method `ReIDData.doctor`; chkstyle: ignore
+from fastreid_nb.data.core import ReIDData
+from fastreid_nb.data.toy import toy_reid
 
 n_pictures,n_planted,n_broken,most_mb = 100_000,200,50,500
 

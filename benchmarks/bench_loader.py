@@ -6,9 +6,9 @@ import numpy as np, pandas as pd
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
-from fastreid_nb.augment import reid_dls
-from fastreid_nb.data import ReIDData
-from fastreid_nb.occlusion import sbs_augs
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.data.core import ReIDData
+from fastreid_nb.recipes.core import sbs_augs
 
 def picture(rng, h=256, w=128):
     "Smooth colours with fine texture, about as many bytes as a cropped person"

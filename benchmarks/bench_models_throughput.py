@@ -2,8 +2,8 @@
 import statistics as st, time, torch, torchvision
 from functools import partial
 from torch import nn
-from fastreid_nb.backbone import resnet50
-from fastreid_nb.heads import reid_model
+from fastreid_nb.backbone.resnet import resnet50
+from fastreid_nb.heads.model import reid_model
 
 def baseline(): # torchvision's ResNet-50 with a last stride of 1, without its classifier
     net = torchvision.models.resnet50(weights=None)

@@ -8,16 +8,16 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 import torch
-from fastreid_nb import backbone as backbones
-from fastreid_nb.augment import reid_dls
-from fastreid_nb.haa import haa
-from fastreid_nb.heads import ReIDModel, reid_model
-from fastreid_nb.inference import evaluate_data
-from fastreid_nb.losses import CrossEntropy, ReIDLoss, TripletLoss
-from fastreid_nb.parts import mgn, pcb
-from fastreid_nb.rmgl import rmgl
-from fastreid_nb.toy import toy_reid
-from fastreid_nb.train import reid_learner
+from fastreid_nb.backbone import resnet as backbones
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.heads.haa import haa
+from fastreid_nb.heads.model import ReIDModel, reid_model
+from fastreid_nb.eval.inference import evaluate_data
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.heads.parts import mgn, pcb
+from fastreid_nb.heads.rmgl import rmgl
+from fastreid_nb.data.toy import toy_reid
+from fastreid_nb.train.core import reid_learner
 
 def models()->dict: # Name to function of (n_pids, backbone)
     "Every part model, the plain one first"

@@ -4,8 +4,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 import numpy as np, pandas as pd
-from fastreid_nb.augment import reid_dls
-from fastreid_nb.data import ReIDData
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.data.core import ReIDData
 
 def table(
     n:int, # Rows

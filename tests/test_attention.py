@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastreid_nb.attention import GlobalContext, SplitAttention
+from fastreid_nb.backbone.core import GlobalContext, SplitAttention
 from golden_files import close, golden_params, missing
 
 def entries(z, name): return {k.removeprefix(f'{name}.'):torch.tensor(z[k]) for k in z.files if k.startswith(f'{name}.')}

@@ -7,10 +7,12 @@ from fastai.data.transforms import Transform
 from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from fastai.vision.data import CategoryBlock, ColReader, DataBlock, ImageBlock
 from PIL import Image
-from fastreid_nb.augment import ItemAugs, ReIDDataset, ReIDLoader, bagtricks_augs, erase, hflip, pad_crop, pk_batches, pk_len, plain_dl, reid_dls
-from fastreid_nb.data import ReIDData
-from fastreid_nb.preproc import Preproc
-from fastreid_nb.toy import toy_reid
+from fastreid_nb.augment.loaders import ItemAugs, ReIDDataset, ReIDLoader, plain_dl, reid_dls
+from fastreid_nb.augment.core import bagtricks_augs, erase, hflip, pad_crop
+from fastreid_nb.augment.samplers import pk_batches, pk_len
+from fastreid_nb.data.core import ReIDData
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.data.toy import toy_reid
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=12, size=(64,32), progress=False)

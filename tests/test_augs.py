@@ -7,12 +7,13 @@ from fastai.torch_core import TensorImage
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from fastreid_nb.augment import bagtricks_augs, erase, reid_dls
-from fastreid_nb.pictures import Pictures
-from fastreid_nb.geometry import (affine, as_dtype, color_jitter, grey_patch, paste, random_rect, random_resized_crop, random_shift, shift_hue,
-    show_draws)
-from fastreid_nb.occlusion import RandomPatch, aug_recipes, cutout, fills, occlude, random_erase, sbs_augs, strong_augs, weak_augs
-from fastreid_nb.toy import toy_reid
+from fastreid_nb.augment.core import bagtricks_augs, erase
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.data.images import Pictures
+from fastreid_nb.augment.geometry import affine, as_dtype, color_jitter, grey_patch, paste, random_rect, random_resized_crop, random_shift, shift_hue, show_draws
+from fastreid_nb.augment.occlusion import RandomPatch, cutout, fills, occlude, random_erase
+from fastreid_nb.recipes.core import aug_recipes, sbs_augs, strong_augs, weak_augs
+from fastreid_nb.data.toy import toy_reid
 from golden_files import golden_params, missing
 
 u8,f32 = torch.uint8,torch.float32

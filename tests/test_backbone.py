@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np, pytest, torch, torchvision
 
-from fastreid_nb import backbone as bb
-from fastreid_nb.backbone import (IBN, SE, NonLocal, ReIDBasicBlock, ReIDBottleneck, ResNet, add_nonlocal, detect_resnet, resnet, resnet18, resnet18_ibn,
-                                  resnet50, resnext50, weights_url)
-from fastreid_nb.pooling import AvgPool
+from fastreid_nb.backbone import resnet as bb
+from fastreid_nb.backbone.core import IBN, SE, NonLocal
+from fastreid_nb.backbone.resnet import ReIDBasicBlock, ReIDBottleneck, ResNet, add_nonlocal, detect_resnet, resnet, resnet18, resnet18_ibn, resnet50, resnext50, weights_url
+from fastreid_nb.pooling.core import AvgPool
 from golden_files import close, golden_files, missing
 
 def golden_block(name, z):

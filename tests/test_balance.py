@@ -1,8 +1,9 @@
-"Holding out, folds, joining and balancing of 00d_balance"
+"Holding out, folds, joining and balancing of 00h_data.subsets"
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
-from fastreid_nb.data import from_df, matchable, picture_keys
-import fastreid_nb.balance   # adds the methods; chkstyle: ignore
+from fastreid_nb.data.own import from_df
+from fastreid_nb.data.core import matchable, picture_keys
+import fastreid_nb.data.subsets   # adds the methods; chkstyle: ignore
 
 def table(rng, n_ids, n_cams, n):
     return pd.DataFrame(dict(path=[f'{i}.jpg' for i in range(n)], pid=rng.integers(n_ids, size=n), camid=rng.integers(n_cams, size=n)))

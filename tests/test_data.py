@@ -1,9 +1,11 @@
-"Own data, splits, protocols and pictures: 00_data and 00a_pictures"
+"Own data, splits, protocols and pictures: 00_data and 00b_data.images"
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from fastreid_nb.data import Protocol, ReIDData, as_protocol, from_csv, from_df, from_folder, market1501, matchable
-from fastreid_nb.data import pick_ids, picture_keys, protocols, split_query_gallery
-from fastreid_nb.pictures import Pictures, open_image, read_bytes, to_rgb
+from fastreid_nb.data.core import Protocol, ReIDData, as_protocol, matchable
+from fastreid_nb.data.own import from_csv, from_df, from_folder
+from fastreid_nb.data.readers import market1501
+from fastreid_nb.data.core import pick_ids, picture_keys, protocols, split_query_gallery
+from fastreid_nb.data.images import Pictures, open_image, read_bytes, to_rgb
 
 def pic(path, seed=0, mode='RGB', size=(16,32), **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)

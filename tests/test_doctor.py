@@ -5,12 +5,13 @@ from dataclasses import replace
 from itertools import combinations
 import numpy as np, pandas as pd, pytest
 from PIL import Image, ImageOps
-import fastreid_nb.balance   # adds `resample`; chkstyle: ignore
-from fastreid_nb import copies as room
-from fastreid_nb.data import ReIDData, from_df, from_folder
-from fastreid_nb.pictures import open_image
-from fastreid_nb.copies import hamming, near_other, near_pairs, perceptual_hash, scan_pictures, unreadable
-from fastreid_nb.doctor import Finding, Report, severities
+import fastreid_nb.data.subsets   # adds `resample`; chkstyle: ignore
+from fastreid_nb.data import copies as room
+from fastreid_nb.data.core import ReIDData
+from fastreid_nb.data.own import from_df, from_folder
+from fastreid_nb.data.images import open_image
+from fastreid_nb.data.copies import hamming, near_other, near_pairs, perceptual_hash, scan_pictures, unreadable
+from fastreid_nb.data.doctor import Finding, Report, severities
 
 def drawing(seed, size=(48,96)):
     "A picture of its own: coloured blobs, smooth enough to survive compression"

@@ -16,18 +16,20 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from torch import nn
 
-from fastreid_nb.augment import Preproc, reid_dls
-from fastreid_nb.data import Protocol, ReIDData
-from fastreid_nb.eval import ReIDResult, rank_dist
-from fastreid_nb.features import Features, cosine_dist, euclidean_dist, evaluate, sq_euclidean_dist
-from fastreid_nb.floors import color_hist, features_from, floor_scores, raw_pixels
-from fastreid_nb.heads import reid_model
-import fastreid_nb.balance   # adds `rename`; chkstyle: ignore
-from fastreid_nb.heads import eval_mode
-from fastreid_nb.inference import ScoreReID, embed, evaluate_data, evaluate_sets, extract
-from fastreid_nb.ranklist import pick_queries
-from fastreid_nb.toy import toy_reid
-from fastreid_nb.train import reid_learner
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.data.core import Protocol, ReIDData
+from fastreid_nb.eval.core import ReIDResult, rank_dist
+from fastreid_nb.eval.features import Features, cosine_dist, euclidean_dist, evaluate, sq_euclidean_dist
+from fastreid_nb.eval.floors import color_hist, features_from, floor_scores, raw_pixels
+from fastreid_nb.heads.model import reid_model
+import fastreid_nb.data.subsets   # adds `rename`; chkstyle: ignore
+from fastreid_nb.heads.model import eval_mode
+from fastreid_nb.eval.score import ScoreReID
+from fastreid_nb.eval.inference import embed, evaluate_data, evaluate_sets, extract
+from fastreid_nb.eval.ranklist import pick_queries
+from fastreid_nb.data.toy import toy_reid
+from fastreid_nb.train.core import reid_learner
 from golden_files import golden_files, missing
 
 # ---- a judge that is slow and simple

@@ -4,7 +4,8 @@ import argparse, copy, datetime, os
 import numpy as np, pytest, torch
 from torch import nn
 
-from fastreid_nb.files import as_state, atomic_path, check_choice, download_weights, fill, load_backbone, read_torch
+from fastreid_nb.backbone.weights import as_state, download_weights, fill, load_backbone
+from fastreid_nb.data.files import atomic_path, check_choice, read_torch
 
 def a_net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 

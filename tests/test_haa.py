@@ -3,15 +3,17 @@ import copy
 from functools import partial
 
 import numpy as np, pytest, torch, torch.nn.functional as F
-from fastreid_nb.augment import reid_dls
-from fastreid_nb.backbone import resnet18, resnet50, resnext50
-from fastreid_nb.haa import (HAA, Attention, BlackLoss, DarkGate, HAAHead, Locator, PoolReduce, StripAttention, corner_mse, darkness, haa,
-                             zoom)
-from fastreid_nb.heads import ReIDOut, model_from_recipe, reid_model
-from fastreid_nb.losses import CrossEntropy, ReIDLoss, TripletLoss
-from fastreid_nb.preproc import Preproc
-from fastreid_nb.toy import toy_camera, toy_person, toy_photo, toy_reid
-from fastreid_nb.train import load_reid, reid_learner, reid_splitter, save_reid
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.backbone.resnet import resnet18, resnet50, resnext50
+from fastreid_nb.heads.haa import HAA, Attention, BlackLoss, DarkGate, HAAHead, Locator, PoolReduce, StripAttention, corner_mse, darkness, haa, zoom
+from fastreid_nb.heads.core import ReIDOut
+from fastreid_nb.heads.rebuild import model_from_recipe
+from fastreid_nb.heads.model import reid_model
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.data.toy import toy_camera, toy_person, toy_photo, toy_reid
+from fastreid_nb.train.checkpoint import load_reid, save_reid
+from fastreid_nb.train.core import reid_learner, reid_splitter
 from torch import nn
 
 small = dict(backbone=resnet18, n_global=48, n_strip=16)

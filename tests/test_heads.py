@@ -6,11 +6,12 @@ import numpy as np, pytest, torch, torch.nn.functional as F, torch.utils._pytree
 from fastai.torch_core import TensorImage, apply, to_cpu, to_detach, to_device, to_float
 from torch import nn
 
-from fastreid_nb.backbone import resnet, resnet18
-from fastreid_nb.heads import (BNNeck, BNNeckHead, Classifier, LinearHead, ReductionHead, ReIDModel, ReIDOut, cosine_logits, imagenet_mean,
-                               imagenet_std, model_from_recipe, reid_model)
-from fastreid_nb.losses import CrossEntropy, TripletLoss
-from fastreid_nb.pooling import AvgPool, GeM, MaxPool
+from fastreid_nb.backbone.resnet import resnet, resnet18
+from fastreid_nb.heads.core import BNNeck, BNNeckHead, Classifier, LinearHead, ReductionHead, ReIDOut, cosine_logits
+from fastreid_nb.heads.model import ReIDModel, imagenet_mean, imagenet_std, reid_model
+from fastreid_nb.heads.rebuild import model_from_recipe
+from fastreid_nb.losses.core import CrossEntropy, TripletLoss
+from fastreid_nb.pooling.core import AvgPool, GeM, MaxPool
 from golden_files import close, golden_files, missing
 
 heads = [LinearHead, BNNeckHead, ReductionHead, partial(BNNeckHead, cosine=True), partial(ReductionHead, n_emb=7, neck=False),

@@ -3,8 +3,8 @@ import math, re
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 
-from fastreid_nb.heads import ReIDOut
-from fastreid_nb.losses import CrossEntropy, ReIDLoss, TripletLoss, batch_hard_triplet, hardest_pairs, row_dist, smooth_cross_entropy
+from fastreid_nb.heads.core import ReIDOut
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss, batch_hard_triplet, hardest_pairs, row_dist, smooth_cross_entropy
 from golden_files import close, golden_files, golden_params, missing
 
 def keys(pattern, rx):
@@ -140,7 +140,7 @@ def test_near_distances_keep_their_digits_under_autocast():
 def test_autocast_is_off_inside(loss, fn, monkeypatch):
     seen,(out,pid) = [],batch()
     def spy(x, *args): return seen.append((x.dtype, torch.is_autocast_enabled('cpu'))) or x.sum()
-    monkeypatch.setattr(f'fastreid_nb.losses.{fn}', spy)
+    monkeypatch.setattr(f'fastreid_nb.losses.core.{fn}', spy)
     with torch.autocast('cpu', dtype=torch.bfloat16): loss(ReIDOut(o.bfloat16() for o in out), pid)
     assert seen==[(torch.float32, False)]
 

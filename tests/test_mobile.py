@@ -4,9 +4,8 @@ import json
 import numpy as np, pytest, torch, torch.nn.functional as F, torchvision
 from torch import nn
 
-from fastreid_nb.files import fill
-from fastreid_nb.mobile import (SplitBlock, Trunk, detect_efficientnet, detect_mobilenet, detect_shufflenet, efficientnet, mobilenet_v2,
-    mobilenet_v3, shufflenet_v2)
+from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.mobile import SplitBlock, Trunk, detect_efficientnet, detect_mobilenet, detect_shufflenet, efficientnet, mobilenet_v2, mobilenet_v3, shufflenet_v2
 from golden_files import close, golden_params, missing
 from golden_models import golden_array, golden_input, golden_name, golden_state
 
@@ -322,7 +321,7 @@ def test_pretrained_addresses(make, url, monkeypatch):
     def stop(u):
         asked.append(u)
         raise FileNotFoundError(u)
-    monkeypatch.setattr('fastreid_nb.files.download_weights', stop)
+    monkeypatch.setattr('fastreid_nb.backbone.weights.download_weights', stop)
     with pytest.raises(FileNotFoundError): make(pretrained=True)
     assert asked[0].startswith(f'https://download.pytorch.org/models/{url}')
 

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastreid_nb.backbone import IBN, resnet18
-from fastreid_nb.heads import BNNeck, model_from_recipe, reid_model
-from fastreid_nb.norms import FrozenNorm, GhostNorm, convert_norm, with_norm
+from fastreid_nb.backbone.core import IBN
+from fastreid_nb.backbone.resnet import resnet18
+from fastreid_nb.heads.core import BNNeck
+from fastreid_nb.heads.rebuild import model_from_recipe
+from fastreid_nb.heads.model import reid_model
+from fastreid_nb.backbone.norms import FrozenNorm, GhostNorm, convert_norm, with_norm
 from golden_files import close, golden_params, missing
 
 kinds = dict(sync=nn.SyncBatchNorm, group=nn.GroupNorm, frozen=FrozenNorm, ghost=GhostNorm)

@@ -6,11 +6,12 @@ from itertools import product
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 
-from fastreid_nb.backbone import resnet18, resnet50
-from fastreid_nb.files import fill, weights_by_hand
-from fastreid_nb.heads import model_from_recipe, reid_model
-from fastreid_nb.pretrained import load_pretrained
-from fastreid_nb.osnet import OSGate, LiteConv, OSBlock, detect_osnet, osnet, osnet_page
+from fastreid_nb.backbone.resnet import resnet18, resnet50
+from fastreid_nb.backbone.weights import fill, weights_by_hand
+from fastreid_nb.heads.rebuild import model_from_recipe
+from fastreid_nb.heads.model import reid_model
+from fastreid_nb.weights.load import load_pretrained
+from fastreid_nb.backbone.osnet import OSGate, LiteConv, OSBlock, detect_osnet, osnet, osnet_page
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
 

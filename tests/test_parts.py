@@ -5,14 +5,15 @@ from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 
-from fastreid_nb.augment import Preproc
-from fastreid_nb.backbone import resnet18, resnet18_ibn, resnet34, resnet50, resnext50
-from fastreid_nb.files import fill
-from fastreid_nb.losses import CrossEntropy, ReIDLoss, TripletLoss
-from fastreid_nb.parts import MGNHead, RefinedPool, StripePool, cells, cut_stages, detect_mgn, full_height, mgn, part_head, pcb, row_reach
-from fastreid_nb.pooling import MaxPool
-from fastreid_nb.resnest import resnest
-from fastreid_nb.train import FreezeBackbone, load_reid, save_reid
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.backbone.resnet import resnet18, resnet18_ibn, resnet34, resnet50, resnext50
+from fastreid_nb.backbone.weights import fill
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.heads.parts import MGNHead, RefinedPool, StripePool, cells, cut_stages, detect_mgn, full_height, mgn, part_head, pcb, row_reach
+from fastreid_nb.pooling.core import MaxPool
+from fastreid_nb.backbone.resnest import resnest
+from fastreid_nb.train.schedules import FreezeBackbone
+from fastreid_nb.train.checkpoint import load_reid, save_reid
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
 

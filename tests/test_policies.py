@@ -7,11 +7,11 @@ from fastai.torch_core import TensorImage
 from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
-from fastreid_nb import policies
-from fastreid_nb.augment import bagtricks_augs, reid_dls
-from fastreid_nb.policies import (OpSpace, Range, augmix, augmix_space, autoaugment, fastreid_space, imagenet_policy, on_bytes, ops, rand_augment,
-    rand_space, torchvision_space, trivial_augment, trivial_space, warp)
-from fastreid_nb.toy import toy_reid
+from fastreid_nb.augment import policies
+from fastreid_nb.augment.core import bagtricks_augs
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.augment.policies import OpSpace, Range, augmix, augmix_space, autoaugment, fastreid_space, imagenet_policy, on_bytes, ops, rand_augment, rand_space, torchvision_space, trivial_augment, trivial_space, warp
+from fastreid_nb.data.toy import toy_reid
 
 sizes = [(64,32),(33,17),(12,40),(5,7),(1,1)]
 paper_mix = dict(depth=(1,3), severity=3, alpha=1)

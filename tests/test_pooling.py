@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 
-from fastreid_nb.partpool import ABPool, AttentionPool, FlattenPool, GridGeM, row_votes, strip_borders
-from fastreid_nb.pooling import AvgMaxPool, AvgPool, ClipAvgPool, GeM, MaxPool, full_precision, narrow_to
+from fastreid_nb.pooling.parts import ABPool, AttentionPool, FlattenPool, GridGeM, row_votes, strip_borders
+from fastreid_nb.pooling.core import AvgMaxPool, AvgPool, ClipAvgPool, GeM, MaxPool, full_precision, narrow_to
 from golden_files import close, golden_files, missing
 
 def seeded(pool, seed=0):

@@ -5,8 +5,8 @@ from zipfile import ZipFile
 import numpy as np, pandas as pd, pytest, torch
 from golden_files import golden_params, missing
 from PIL import Image, ImageFile
-from fastreid_nb.pictures import Pictures, open_image
-from fastreid_nb.preproc import Preproc, as_image, pixels, row_pixels
+from fastreid_nb.data.images import Pictures, open_image
+from fastreid_nb.data.preproc import Preproc, as_image, pixels, row_pixels
 
 def noise(rng, h, w, grain=1):
     "A picture of smooth noise, or of the roughest there is"
@@ -85,7 +85,7 @@ def test_ordinary_jpeg_does_not_need_pillow(monkeypatch):
     b = encoded(noise(np.random.default_rng(0), 64, 32, 8))
     want = np.asarray(open_image(b))
     with monkeypatch.context() as m:
-        m.setattr('fastreid_nb.preproc.open_image', lambda *_: pytest.fail('Pillow was asked'))
+        m.setattr('fastreid_nb.data.images.open_image', lambda *_: pytest.fail('Pillow was asked'))
         assert (hwc(pixels(b))==want).all()
     def gone(*_): raise AttributeError('decode_jpeg')
     monkeypatch.setattr(torch.ops.image, 'decode_jpeg', gone)

@@ -5,17 +5,19 @@ from functools import partial
 import numpy as np, pytest, torch, torchvision
 from torch import nn
 
-from fastreid_nb.backbone import resnet18, resnet50
-from fastreid_nb.heads import LinearHead, ReductionHead, reid_model
-from fastreid_nb.osnet import osnet
-from fastreid_nb.partpool import FlattenPool
-from fastreid_nb.parts import mgn
-from fastreid_nb.pooling import AvgPool, GeM
-from fastreid_nb.preproc import Preproc
-from fastreid_nb.pretrained import detect_backbone, load_pretrained, read_config
-from fastreid_nb.train import load_reid, save_reid
-from fastreid_nb.transreid import transreid
-from fastreid_nb.vit import vit
+from fastreid_nb.backbone.resnet import resnet18, resnet50
+from fastreid_nb.heads.core import LinearHead, ReductionHead
+from fastreid_nb.heads.model import reid_model
+from fastreid_nb.backbone.osnet import osnet
+from fastreid_nb.pooling.parts import FlattenPool
+from fastreid_nb.heads.parts import mgn
+from fastreid_nb.pooling.core import AvgPool, GeM
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.weights.core import detect_backbone, read_config
+from fastreid_nb.weights.load import load_pretrained
+from fastreid_nb.train.checkpoint import load_reid, save_reid
+from fastreid_nb.heads.transreid import transreid
+from fastreid_nb.backbone.vit import vit
 from golden_files import close, golden_dir, golden_params, missing
 from golden_models import golden_config, golden_input, golden_name, golden_state
 
@@ -333,10 +335,10 @@ def test_raw_state_with_the_usual_pool(tmp_path):
     same_features(model, write(tmp_path, model.state_dict()))
 
 def test_one_can_train_on_it(tmp_path):
-    from fastreid_nb.augment import reid_dls
-    from fastreid_nb.inference import embed
-    from fastreid_nb.toy import toy_reid
-    from fastreid_nb.train import reid_learner
+    from fastreid_nb.augment.loaders import reid_dls
+    from fastreid_nb.eval.inference import embed
+    from fastreid_nb.data.toy import toy_reid
+    from fastreid_nb.train.core import reid_learner
     data = toy_reid(tmp_path/'toy', n_ids=8, progress=False)
     dls = reid_dls(data, size=(64,32), p=2, k=2, num_workers=0)
     model = quiet(write(tmp_path, fastreid(a_model(), 'A')), n_pids=len(dls.pids), size=(64,32))

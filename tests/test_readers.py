@@ -1,11 +1,12 @@
-"Readers of 00b_readers, each on a miniature tree of true file names"
+"Readers of 00d_data.readers, each on a miniature tree of true file names"
 import os, shutil, warnings
 from inspect import isfunction, signature
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, scipy.io
 from PIL import Image
-from fastreid_nb import readers as R
-from fastreid_nb.data import as_protocol, market1501, matchable
+from fastreid_nb.data import readers as R
+from fastreid_nb.data.core import as_protocol, matchable
+from fastreid_nb.data.readers import market1501
 
 def mat(**kwargs): return lambda f: scipy.io.savemat(f, kwargs)
 

@@ -3,9 +3,10 @@ import shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from fastreid_nb.recipes import read_data, reid_main as main
-from fastreid_nb.toy import toy_reid
-from fastreid_nb.train import load_reid
+from fastreid_nb.recipes.core import read_data
+from fastreid_nb.recipes.cli import reid_main as main
+from fastreid_nb.data.toy import toy_reid
+from fastreid_nb.train.checkpoint import load_reid
 
 quick = '--backbone resnet18 --weights none --epochs 1 --size 64x32 --p 3 --k 2 --workers 0'.split()
 
@@ -76,7 +77,7 @@ def test_csv_without_cameras(capsys, tmp_path, folder):
     assert load_reid(tmp_path/'o'/'model.pt').preproc.size==(64,32)
 
 def test_interrupted_training_keeps_what_was_learnt(capsys, tmp_path, folder, monkeypatch):
-    from fastreid_nb.train import ReIDLearner
+    from fastreid_nb.train.core import ReIDLearner
     step,n = ReIDLearner._do_grad_opt,[]
     def stop(self):
         step(self)
@@ -128,7 +129,7 @@ def test_doctor_wrong_calls(capsys, tmp_path, folder, monkeypatch):
     assert 'radius 99: expected 0 to 16' in says(capsys, 1, 'doctor', folder, '--radius', 99)
     (tmp_path/'boxes.csv').write_text(f'path,pid,x,y,w,h\n{folder}/query,1,0,0,0,5\n{folder}/query,1,0,0,5,5\n')
     assert 'boxes are no boxes' in says(capsys, 1, 'doctor', tmp_path/'boxes.csv')
-    from fastreid_nb import copies
+    from fastreid_nb.data import copies
     def broken(*args): raise OSError(5, 'Input/output error')
     monkeypatch.setattr(copies, '_scan_chunk', broken)
     assert 'Input/output error' in says(capsys, 1, 'doctor', folder)

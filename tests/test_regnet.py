@@ -5,10 +5,10 @@ import numpy as np, pytest, torch, torch.nn.functional as F, torchvision
 from torch import nn
 from torchvision.models.regnet import BlockParams
 
-from fastreid_nb import regnet as rn
-from fastreid_nb.files import fill
-from fastreid_nb.mobile import detect_efficientnet, detect_mobilenet, detect_shufflenet
-from fastreid_nb.regnet import detect_regnet, regnet, regnet_params
+from fastreid_nb.backbone import regnet as rn
+from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.mobile import detect_efficientnet, detect_mobilenet, detect_shufflenet
+from fastreid_nb.backbone.regnet import detect_regnet, regnet, regnet_params
 from golden_files import close, golden_params, missing
 from golden_models import golden_array, golden_input, golden_name, golden_state
 
@@ -190,7 +190,7 @@ def test_pretrained_address(size, rounding, file, monkeypatch):
     def stop(u):
         asked.append(u)
         raise FileNotFoundError(u)
-    monkeypatch.setattr('fastreid_nb.files.download_weights', stop)
+    monkeypatch.setattr('fastreid_nb.backbone.weights.download_weights', stop)
     with torch.device('meta'), pytest.raises(FileNotFoundError): regnet(size, rounding=rounding, pretrained=True)
     assert asked==[f'https://download.pytorch.org/models/{file}']
 

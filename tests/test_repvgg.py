@@ -5,12 +5,13 @@ from functools import partial
 import numpy as np, pytest, torch
 from torch import nn
 
-from fastreid_nb.backbone import resnet18
-from fastreid_nb.files import fill
-from fastreid_nb.heads import model_from_recipe, reid_model
-from fastreid_nb.osnet import osnet
-from fastreid_nb.pooling import AvgPool
-from fastreid_nb.repvgg import RepVGGBlock, deploy, detect_repvgg, repvgg
+from fastreid_nb.backbone.resnet import resnet18
+from fastreid_nb.backbone.weights import fill
+from fastreid_nb.heads.rebuild import model_from_recipe
+from fastreid_nb.heads.model import reid_model
+from fastreid_nb.backbone.osnet import osnet
+from fastreid_nb.pooling.core import AvgPool
+from fastreid_nb.backbone.repvgg import RepVGGBlock, deploy, detect_repvgg, repvgg
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
 

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 
-from fastreid_nb.attention import SplitAttention
-from fastreid_nb.backbone import detect_resnet, resnet18, resnet50
-from fastreid_nb.files import fill
-from fastreid_nb.resnest import ResNeSt, SplitBottleneck, detect_resnest, resnest
+from fastreid_nb.backbone.core import SplitAttention
+from fastreid_nb.backbone.resnet import detect_resnet, resnet18, resnet50
+from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.resnest import ResNeSt, SplitBottleneck, detect_resnest, resnest
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
 

@@ -5,14 +5,15 @@ from functools import partial
 import pytest, torch
 from torch import nn
 
-from fastreid_nb.augment import Preproc
-from fastreid_nb.backbone import SE, NonLocal, resnet18, resnet34, resnet50, resnext50
-from fastreid_nb.files import fill
-from fastreid_nb.losses import CrossEntropy, ReIDLoss, TripletLoss
-from fastreid_nb.parts import cut_stages, full_height, mgn, row_reach
-from fastreid_nb.resnest import resnest
-from fastreid_nb.rmgl import leaks, restrict, rmgl
-from fastreid_nb.train import load_reid, save_reid
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.backbone.core import SE, NonLocal
+from fastreid_nb.backbone.resnet import resnet18, resnet34, resnet50, resnext50
+from fastreid_nb.backbone.weights import fill
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.heads.parts import cut_stages, full_height, mgn, row_reach
+from fastreid_nb.backbone.resnest import resnest
+from fastreid_nb.heads.rmgl import leaks, restrict, rmgl
+from fastreid_nb.train.checkpoint import load_reid, save_reid
 from golden_files import close
 
 pid = torch.arange(4).repeat_interleave(2)

@@ -4,20 +4,22 @@ from functools import partial
 import pytest, torch
 from torch import nn
 
-from fastreid_nb.backbone import resnet18
-from fastreid_nb.ensemble import Ensemble
-from fastreid_nb.haa import haa
-from fastreid_nb.heads import ReductionHead, model_from_recipe, reid_model
-from fastreid_nb.mobile import mobilenet_v2
-from fastreid_nb.osnet import osnet
-from fastreid_nb.partpool import FlattenPool
-from fastreid_nb.parts import mgn, pcb
-from fastreid_nb.preproc import Preproc
-from fastreid_nb import summary # the method; chkstyle: ignore
-from fastreid_nb.inference import extract
-from fastreid_nb.train import load_reid, save_reid
-from fastreid_nb.transreid import transreid
-from fastreid_nb.vit import vit
+from fastreid_nb.backbone.resnet import resnet18
+from fastreid_nb.heads.ensemble import Ensemble
+from fastreid_nb.heads.haa import haa
+from fastreid_nb.heads.core import ReductionHead
+from fastreid_nb.heads.rebuild import model_from_recipe
+from fastreid_nb.heads.model import reid_model
+from fastreid_nb.backbone.mobile import mobilenet_v2
+from fastreid_nb.backbone.osnet import osnet
+from fastreid_nb.pooling.parts import FlattenPool
+from fastreid_nb.heads.parts import mgn, pcb
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.heads import summary # the method; chkstyle: ignore
+from fastreid_nb.eval.inference import extract
+from fastreid_nb.train.checkpoint import load_reid, save_reid
+from fastreid_nb.heads.transreid import transreid
+from fastreid_nb.backbone.vit import vit
 
 makers = dict(r18=partial(reid_model, 5, resnet18), small=partial(reid_model, 5, resnet18, head=partial(ReductionHead, n_emb=32)),
     osnet=partial(reid_model, 5, osnet), mobile=partial(reid_model, 5, mobilenet_v2), mgn=partial(mgn, 5, resnet18), pcb=partial(pcb, 5, resnet18, n_parts=2),

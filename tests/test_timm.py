@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest, torch
 
 timm = pytest.importorskip('timm')
-from fastreid_nb.files import fill
-from fastreid_nb.timmnets import (TimmBackbone, _as_map, check_timm_name, from_timm_name, hrnet, is_timm_name, timm_backbone, timm_weights,
-                                  token_grid)
+from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.timmnets import TimmBackbone, _as_map, check_timm_name, from_timm_name, hrnet, is_timm_name, timm_backbone, timm_weights, token_grid
 
 # name: channels and map at 256×128, from each family's paper or code: stride 32 unless the design says otherwise
 spread = {'resnet18':(512,8,4), 'resnest14d':(2048,8,4), 'convnext_tiny':(768,8,4), 'efficientnet_b0':(1280,8,4), 'mobilenetv3_small_100':(576,8,4),

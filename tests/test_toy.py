@@ -1,7 +1,7 @@
 "The toy set: repeatable, independent of its size, complete or absent"
 from pathlib import Path
 import numpy as np, pytest
-from fastreid_nb.toy import toy_camera, toy_person, toy_photo, toy_reid
+from fastreid_nb.data.toy import toy_camera, toy_person, toy_photo, toy_reid
 
 def test_counts_and_layout(tmp_path):
     data = toy_reid(tmp_path, n_ids=8, n_cams=3, n_per_cam=3, progress=False)
@@ -17,7 +17,7 @@ def test_written_once(tmp_path):
     assert toy_reid(tmp_path, n_ids=4, seed=1, progress=False).train.path[0]!=a.train.path[0]
 
 def test_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
-    from fastreid_nb import toy
+    from fastreid_nb.data import toy
     def boom(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr(toy, 'toy_photo', boom)
     with pytest.raises(KeyboardInterrupt): toy_reid(tmp_path, n_ids=4, progress=False)

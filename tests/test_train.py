@@ -4,12 +4,16 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
-from fastreid_nb.augment import Preproc, reid_dls
-from fastreid_nb.backbone import resnet18
-from fastreid_nb.heads import ReductionHead, reid_model
-from fastreid_nb.pooling import AvgPool
-from fastreid_nb.toy import toy_reid
-from fastreid_nb.train import FreezeBackbone, best_dtype, load_reid, reid_learner, save_reid, warmup_flat_cos
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.backbone.resnet import resnet18
+from fastreid_nb.heads.core import ReductionHead
+from fastreid_nb.heads.model import reid_model
+from fastreid_nb.pooling.core import AvgPool
+from fastreid_nb.data.toy import toy_reid
+from fastreid_nb.train.schedules import FreezeBackbone, warmup_flat_cos
+from fastreid_nb.train.core import best_dtype, reid_learner
+from fastreid_nb.train.checkpoint import load_reid, save_reid
 
 class TinyNet(nn.Sequential):
     n_feat = 8
@@ -216,7 +220,7 @@ def test_what_evaluation_gives_is_saved(tmp_path):
     assert load_reid(tmp_path/'m.pt')(torch.rand(1, 3, 32, 32)).shape==(1,3)
 
 def test_an_ensemble_is_trained(dls):
-    from fastreid_nb.ensemble import Ensemble
+    from fastreid_nb.heads.ensemble import Ensemble
     learn = reid_learner(dls, model=Ensemble([reid_model(len(dls.pids), resnet18), reid_model(len(dls.pids), resnet18)]))
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(1, freeze_iters=1)
     body,rest = learn.splitter(learn.model)

@@ -3,10 +3,11 @@ import copy
 
 import pytest, torch
 
-from fastreid_nb.losses import CrossEntropy, ReIDLoss, TripletLoss
-from fastreid_nb.preproc import Preproc
-from fastreid_nb.train import load_reid, reid_splitter, save_reid
-from fastreid_nb.transreid import detect_transreid, transreid
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.train.checkpoint import load_reid, save_reid
+from fastreid_nb.train.core import reid_splitter
+from fastreid_nb.heads.transreid import detect_transreid, transreid
 
 def make(**kw): return transreid(**dict(dict(n_pids=4, size='deit_tiny', img_size=(64,32), n_cams=2), **kw))
 

@@ -4,8 +4,9 @@ from functools import partial
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 
-from fastreid_nb.files import fill
-from fastreid_nb.vit import ViTAttention, ViTBlock, Jigsaw, ViT, deal_patches, detect_vit, patch_grid, resize_pos_embed, side_info, vit, vit_ignore, vit_names
+from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.vit import ViTAttention, ViTBlock, ViT, detect_vit, patch_grid, resize_pos_embed, side_info, vit, vit_ignore, vit_names
+from fastreid_nb.heads.transreid import Jigsaw, deal_patches
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
 
@@ -276,7 +277,7 @@ def test_pretrained_addresses(size, monkeypatch):
     def stop(url):
         asked.append(url)
         raise FileNotFoundError(url)
-    monkeypatch.setattr('fastreid_nb.files.download_weights', stop)
+    monkeypatch.setattr('fastreid_nb.backbone.weights.download_weights', stop)
     with torch.device('meta'), pytest.raises(FileNotFoundError): vit(size, pretrained=True)
     assert asked[0].startswith('https://') and asked[0].endswith('.pth')
 
