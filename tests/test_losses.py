@@ -27,7 +27,7 @@ def test_golden_cross_entropy(path, key):
     close(logits.grad, z[f'{key}_grad_logits'])
 
 @pytest.mark.parametrize('path,key', keys('losses_metric*.npz', r'(?!huge)[a-z]+_norm[01]_hard[01]_margin[\d.]+_loss'))
-@pytest.mark.filterwarnings('ignore:all .* pictures of the batch')
+@pytest.mark.filterwarnings('ignore:all .* images of the batch')
 def test_golden_triplet(path, key):
     if path is None: missing('losses_metric*.npz')
     name,norm,hard,margin = re.fullmatch(r'([a-z]+)_norm([01])_hard([01])_margin([\d.]+)_loss', key).groups()
@@ -198,7 +198,7 @@ def test_bad_batches(loss):
     with pytest.raises(ValueError, match='distractors'): loss(out, torch.where(pid==0, -1, pid))
     with pytest.raises(ValueError, match='training mode'): loss(out.emb, pid)
     with pytest.raises(ValueError, match='empty'): loss(ReIDOut(o[:0] for o in out), pid[:0])
-    with pytest.raises(ValueError, match='12 pictures'): loss(out, pid[:5])
+    with pytest.raises(ValueError, match='12 images'): loss(out, pid[:5])
 
 def test_a_class_the_head_does_not_have():
     out,pid = batch()
