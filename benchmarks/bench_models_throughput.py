@@ -26,7 +26,7 @@ def main(
     device,bs = ('cuda',256) if torch.cuda.is_available() else ('cpu',32)
     x = torch.rand(bs, 3, 256, 128, device=device)
     last = x.to(memory_format=torch.channels_last)
-    plain,model = baseline().to(device),reid_model(751, partial(resnet50, ibn=True)).eval().to(device)
+    plain,model = baseline().to(device),reid_model(partial(resnet50, ibn=True), 751).eval().to(device)
     with torch.inference_mode(): want = model(x)
     model = model.to(memory_format=torch.channels_last)
     compiled = torch.compile(model)

@@ -19,7 +19,7 @@ from fastreid_nb.heads.rmgl import rmgl
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.core import reid_learner
 
-def models()->dict: # Name to function of (n_pids, backbone)
+def models()->dict: # Name to function of (backbone, n_pids)
     "Every part model, the plain one first"
     return dict(plain=reid_model, pcb=pcb, mgn=mgn, grid=partial(mgn, grid=True), rmgl=rmgl, haa=haa)
 
@@ -39,7 +39,7 @@ def timed(f, n):
 
 def small_model(name, n_pids, net):
     "One of `models` with a backbone of this name"
-    return models()[name](n_pids, getattr(backbones, net))
+    return models()[name](getattr(backbones, net), n_pids)
 
 def forward(
     model:ReIDModel, # In any mode
@@ -97,7 +97,7 @@ def learn(
     torch.manual_seed(seed)
     learner = reid_learner(dls, model=small_model(name, len(dls.pids), 'resnet18_ibn'), seed=seed)
     with learner.no_bar(), learner.no_logging(): learner.fit_warmup_cos(epochs)
-    res = evaluate_data(learner.model, data, dls.preproc, progress=False)
+    res = evaluate_data(learner.model, data, progress=False)
     return res.mAP,res.cmc[0],(time.perf_counter()-t)/60
 
 def main(

@@ -424,7 +424,7 @@ def quiet(learn, f):
     with learn.no_bar(), learn.no_logging(): return f()
 
 def test_eval_mode_restores():
-    m = reid_model(4, Tiny)
+    m = reid_model(Tiny, 4)
     m.train()
     m.backbone[1].eval()
     flags = [o.training for o in m.modules()]
@@ -439,9 +439,9 @@ def test_extract_order_and_workers(toy, dls):
     learn = tiny(dls, dtype=torch.float32)
     q,g = learn.features(progress=False)
     assert q.df.path.tolist()==toy.query.path.tolist() and g.df.path.tolist()==toy.gallery.path.tolist()
-    one = torch.cat([embed(learn.model, p, dls.preproc, normalize=False) for p in toy.query.path[:5]])
+    one = torch.cat([embed(learn.model, p, normalize=False) for p in toy.query.path[:5]])
     assert torch.allclose(q.emb[:5], one, atol=1e-5) and not q.emb.requires_grad
-    a,b = (evaluate_data(learn.model, toy, dls.preproc, bs=bs, num_workers=w, progress=False) for bs,w in ((7,0),(16,2)))
+    a,b = (evaluate_data(learn.model, toy, bs=bs, num_workers=w, progress=False) for bs,w in ((7,0),(16,2)))
     assert np.allclose(a.ap, b.ap, atol=1e-6, equal_nan=True) and np.allclose(a.ap, evaluate(q, g).ap, atol=1e-6, equal_nan=True)
 
 def test_extract_refuses(dls):
@@ -491,7 +491,7 @@ def test_score_is_the_score(dls, dtype, tmp_path):
 
 def test_score_on_plain_learner(dls, capsys):
     "It needs only a fastai learner and `reid_dls`; the table has no column without values"
-    model = reid_model(len(dls.pids), Tiny)
+    model = reid_model(Tiny, len(dls.pids))
     learn = Learner(dls, model, loss_func=lambda o,pid,camid: F.cross_entropy(o.logits.float(), pid), cbs=MixedPrecision('bf16'), path='.')
     with learn.no_bar(): learn.fit(1, cbs=ScoreReID())
     assert list(learn.recorder.metric_names)==['epoch','train_loss','mAP','rank-1','time'] and 'None' not in capsys.readouterr().out

@@ -21,7 +21,7 @@ pids = torch.arange(4).repeat_interleave(2)
 
 def small_model(n_pids=4, seed=0, **kwargs):
     torch.manual_seed(seed)
-    return haa(n_pids, **(small|kwargs))
+    return haa(n_pids=n_pids, **(small|kwargs))
 
 def rand_pics(b=8, h=64, w=32, seed=0): return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
@@ -312,10 +312,10 @@ def test_whole_model_in_bfloat16():
 
 def test_recipe_round_trip(tmp_path):
     model = small_model(backbone=partial(resnet18, last_stride=1), shoulder=partial(resnet18, last_stride=2), size=(96,48), n_strips=2,
-                        prior=(.5,.2,.6,.3), reach=(.1,.1,.1,.1), mean=(.4,.4,.4), std=(.2,.2,.2)).eval()
+                        prior=(.5,.2,.6,.3), reach=(.1,.1,.1,.1), preproc=Preproc((64,32), mean=(.4,.4,.4), std=(.2,.2,.2))).eval()
     nn.init.normal_(model.head.locator.box.weight, std=.1)
     x = rand_pics()
-    save_reid(tmp_path/'m.pt', model, Preproc((64,32), mean=(.4,.4,.4), std=(.2,.2,.2)), pids=range(4))
+    save_reid(tmp_path/'m.pt', model, pids=range(4))
     again = load_reid(tmp_path/'m.pt')
     with torch.no_grad(): torch.testing.assert_close(again(x), model(x), atol=1e-4, rtol=1e-4)
     assert isinstance(again, HAA) and again.recipe==model.recipe and again.head.size in ((96,48), [96,48])
@@ -324,7 +324,7 @@ def test_recipe_round_trip(tmp_path):
 
 def test_ready_modules_can_be_passed():
     net = resnet18()
-    model = haa(4, net, n_global=8, n_strip=8)
+    model = haa(net, 4, n_global=8, n_strip=8)
     assert model.backbone is net and model.head.branches['shoulder'] is not net
 
 def test_copies_after_a_training_step():
@@ -377,12 +377,12 @@ def test_black_loss_does_not_own_the_model():
 # Bad input
 
 def test_bad_input():
-    with pytest.raises(ValueError, match='n_strips=0'): haa(4, resnet18, n_strips=0)
-    with pytest.raises(ValueError, match=r'size=\(64,\)'): haa(4, resnet18, size=(64,))
-    with pytest.raises(ValueError, match='n_feat'): haa(4, nn.Conv2d(3, 8, 3))
-    with pytest.raises(ValueError, match='n_feat'): haa(4, resnet18, nn.Conv2d(3, 8, 3))
-    with pytest.raises(ValueError, match='resnet'): haa(4, 'resnet51')
-    with pytest.raises(ValueError, match='smaller than width'): haa(4, resnet18, reach=(.1,.1,.9,.1))
+    with pytest.raises(ValueError, match='n_strips=0'): haa(resnet18, 4, n_strips=0)
+    with pytest.raises(ValueError, match=r'size=\(64,\)'): haa(resnet18, 4, size=(64,))
+    with pytest.raises(ValueError, match='n_feat'): haa(nn.Conv2d(3, 8, 3), 4)
+    with pytest.raises(ValueError, match='n_feat'): haa(resnet18, 4, nn.Conv2d(3, 8, 3))
+    with pytest.raises(ValueError, match='resnet'): haa('resnet51', 4)
+    with pytest.raises(ValueError, match='smaller than width'): haa(resnet18, 4, reach=(.1,.1,.9,.1))
     with pytest.raises(ValueError, match='prior'): Locator(prior=(.5,.5,.5))
     with pytest.raises(ValueError, match='reach'): Locator(reach=(-.1,0,0,0))
     with pytest.raises(ValueError, match='top<bottom'): darkness(rand_pics(), (.5,0,.2,1))
@@ -397,7 +397,7 @@ def test_bad_input_of_the_loss():
     with pytest.raises(ValueError, match='had 0 pictures'): BlackLoss(model)(None, pids)
     out = model(rand_pics())
     with pytest.raises(ValueError, match='had 8 pictures, not 3'): BlackLoss(model)(out, pids[:3])
-    with pytest.raises(ValueError, match='made by haa'): BlackLoss(reid_model(4, resnet18))
+    with pytest.raises(ValueError, match='made by haa'): BlackLoss(reid_model(resnet18, 4))
     with pytest.raises(ValueError, match='threshold=1.5'): BlackLoss(model, threshold=1.5)
     with pytest.raises(ValueError, match='3 entries for 4'): BlackLoss(model, black=torch.ones(3))
 

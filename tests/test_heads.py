@@ -8,8 +8,14 @@ from torch import nn
 
 from fastreid_nb.backbone.resnet import resnet, resnet18
 from fastreid_nb.heads.core import BNNeck, BNNeckHead, Classifier, LinearHead, ReductionHead, ReIDOut, cosine_logits
-from fastreid_nb.heads.model import ReIDModel, imagenet_mean, imagenet_std, reid_model
+from fastreid_nb.data.preproc import Preproc
+from fastreid_nb.heads.model import ReIDModel, reid_model
+from fastreid_nb.heads import rebuild
+from fastreid_nb.heads.ensemble import Ensemble
+from fastreid_nb.heads.haa import haa
+from fastreid_nb.heads.parts import mgn, pcb
 from fastreid_nb.heads.rebuild import model_from_recipe
+from fastreid_nb.heads.rmgl import rmgl
 from fastreid_nb.losses.core import CrossEntropy, TripletLoss
 from fastreid_nb.pooling.core import AvgPool, GeM, MaxPool
 from golden_files import close, golden_files, missing
@@ -26,7 +32,7 @@ class Tiny(nn.Module):
 
     def forward(self, x): return self.conv(x)
 
-def tiny_model(**kwargs): return reid_model(5, Tiny, **kwargs)
+def tiny_model(**kwargs): return reid_model(Tiny, 5, **kwargs)
 
 def cases():
     res = [pytest.param(p, c, id=c['tag']) for p in golden_files('embedding_head*.json') for c in json.loads(p.read_text())]
@@ -78,7 +84,7 @@ def test_golden_classification_head(path, kind):
     head = (BNNeckHead if neck else LinearHead)(96, 13, cosine=kind!='Linear')
     state = {'classifier.weight':z['state_cls96']}|{f'neck.{k}':z[f'state_bn96_{k}'] for k in ('weight','bias','running_mean','running_var')}
     assert set(head.load_state_dict({k:torch.tensor(v) for k,v in state.items()}, strict=False).missing_keys)<={'neck.num_batches_tracked'}
-    model = ReIDModel(nn.Identity(), AvgPool(), head, (0.,)*96, (1.,)*96, test_on='logits')
+    model = ReIDModel(nn.Identity(), AvgPool(), head, Preproc(mean=(0.,)*96, std=(1.,)*96), test_on='logits')
     x = torch.tensor(z['features'])
     want = torch.tensor(z[f'{kind}_eval_logits'])
     with torch.no_grad(): logits = model.eval()(x)
@@ -157,7 +163,7 @@ def test_neck_takes_a_shift_from_elsewhere():
 def test_model_normalises_without_touching_its_input():
     model,x = tiny_model(),torch.rand(4, 3, 8, 8)
     before = x.clone()
-    mean,std = (torch.tensor(o).view(3, 1, 1) for o in (imagenet_mean, imagenet_std))
+    mean,std = (torch.tensor(o).view(3, 1, 1) for o in (Preproc.mean, Preproc.std))
     torch.testing.assert_close(model.fmap(x), model.backbone((x-mean)/std))
     assert torch.equal(x, before)
 
@@ -171,7 +177,7 @@ def test_model_modes():
 def test_model_joins_the_embeddings_of_parts():
     class Parts(nn.Module):
         def forward(self, feat): return ReIDOut([feat[:,:5]]*2, [feat, feat], [feat[:,:2], feat])
-    model = reid_model(5, Tiny, head=Parts()).eval()
+    model = reid_model(Tiny, 5, head=Parts()).eval()
     assert model(torch.rand(3, 3, 8, 8)).shape==(3,8)
 
 def test_model_takes_fastai_images():
@@ -185,25 +191,25 @@ def test_model_names_a_bad_batch(bad, match):
     with pytest.raises(ValueError, match=match): tiny_model()(bad)
 
 def test_model_names_a_picture_smaller_than_the_stride():
-    with pytest.raises(ValueError, match='at least 16'): reid_model(3, resnet18)(torch.rand(2, 3, 8, 32))
+    with pytest.raises(ValueError, match='at least 16'): reid_model(resnet18, 3)(torch.rand(2, 3, 8, 32))
 
 @pytest.mark.parametrize('kw', [dict(std=(0.2,0.,0.2)), dict(mean=(0.5,0.5))])
 def test_model_bad_normalisation(kw):
-    with pytest.raises(ValueError, match='mean and std'): tiny_model(**kw)
+    with pytest.raises(ValueError, match='mean and std'): tiny_model(preproc=Preproc(**kw))
 
 @pytest.mark.parametrize('n', [1,3])
 def test_model_of_other_channels(n):
     net = nn.Conv2d(n, 4, 3, stride=2)
     net.n_feat = 4
-    model = reid_model(3, net, mean=(0.5,)*n, std=(0.5,)*n).eval()
+    model = reid_model(net, 3, preproc=Preproc(mean=(0.5,)*n, std=(0.5,)*n)).eval()
     assert model(torch.rand(2, n, 8, 8)).shape==(2,4)
 
 @pytest.mark.parametrize('kw', [{}, dict(pool=AvgPool), dict(pool=partial(GeM, p=2., learn=False)), dict(head=LinearHead),
     dict(head=partial(ReductionHead, n_emb=8, cosine=True)), dict(backbone=partial(resnet18, ibn=True)),
-    dict(backbone=partial(resnet, 18, 2)), dict(mean=(0.5,)*3, std=(0.25,)*3)])
+    dict(backbone=partial(resnet, 18, 2)), dict(test_on='feat')])
 def test_recipe_round_trip(kw):
     kw = dict(dict(backbone=partial(resnet18, last_stride=2)), **kw)
-    model = reid_model(7, **kw).eval()
+    model = reid_model(n_pids=7, **kw).eval()
     twin = model_from_recipe(json.loads(json.dumps(model.recipe))).eval()
     twin.load_state_dict(model.state_dict())
     x = torch.rand(2, 3, 32, 32)
@@ -212,12 +218,14 @@ def test_recipe_round_trip(kw):
 
 @pytest.mark.parametrize('fn', ['fastreid_nb.toy.toy_reid','fastreid_nb.losses.smooth_cross_entropy','fastreid_nb.files.atomic_path'])
 def test_recipe_calls_only_what_makes_networks(fn):
-    recipe = reid_model(3, resnet18).recipe
+    recipe = reid_model(resnet18, 3).recipe
     for bad in (dict(recipe, backbone=dict(fn=fn, kw={})), dict(model=dict(fn=fn, kw={}))):
         with pytest.raises(ValueError, match='makes no part of a network'): model_from_recipe(bad)
 
-def test_backbone_may_come_first():
+def test_backbone_comes_first():
     assert reid_model(resnet18).head.classifier.out_features==0 and reid_model(resnet18, 7).head.classifier.out_features==7
+    for make in (reid_model, pcb, mgn, rmgl, haa):
+        with pytest.raises(ValueError, match='expected the backbone first'): make(100, resnet18)
     assert reid_model(resnet18).eval()(torch.rand(1, 3, 32, 32)).shape==(1,512)
 
 def test_timm_by_name():
@@ -229,22 +237,65 @@ def test_timm_by_name():
 
 def test_signed_maps_are_not_clamped():
     class Signed(Tiny): signed_map = True
-    assert isinstance(reid_model(5, Signed).pool, AvgPool) and isinstance(reid_model(5, Tiny).pool, GeM) and isinstance(reid_model(5, Signed, GeM).pool, GeM)
+    assert isinstance(reid_model(Signed, 5).pool, AvgPool) and isinstance(reid_model(Tiny, 5).pool, GeM) and isinstance(reid_model(Signed, 5, GeM).pool, GeM)
 
 def test_numbers_of_numpy_are_written_down():
-    recipe = reid_model(np.int64(3), resnet18, head=partial(ReductionHead, n_emb=np.int64(5), dropout=np.float64(.5))).recipe
+    recipe = reid_model(resnet18, np.int64(3), head=partial(ReductionHead, n_emb=np.int64(5), dropout=np.float64(.5))).recipe
     assert recipe['head']['kw']==dict(n_emb=5, dropout=.5) and json.dumps(recipe)
 
-def test_set_norm_is_in_the_recipe():
-    model = reid_model(3, resnet18)
-    model.set_norm((.5,)*3, (.25,)*3)
-    twin = model_from_recipe(model.recipe)
-    assert twin.mean.flatten().tolist()==[.5]*3 and twin.std.flatten().tolist()==[.25]*3
+class Told(Tiny):
+    "A backbone that says how its images are read"
+    mean,std,img_size = (.5,)*3,(.25,)*3,[64,32]
+
+def norm_of(model): return model.mean.flatten().tolist(),model.std.flatten().tolist()
+
+def test_model_has_a_preproc_from_birth():
+    assert tiny_model().preproc==Preproc() and reid_model(Told).preproc==Preproc((64,32), mean=(.5,)*3, std=(.25,)*3)
+    assert norm_of(reid_model(Told))==([.5]*3,[.25]*3)
+    own = Preproc((96,32), 'bilinear', std=(.5,)*3)
+    assert reid_model(Told, preproc=own).preproc is own
+
+def test_preproc_is_the_only_home_of_mean_and_std():
+    model,x = tiny_model().eval(),torch.rand(2, 3, 8, 8)
+    model.preproc = Preproc(mean=(.5,)*3, std=(.25,)*3)
+    assert norm_of(model)==([.5]*3,[.25]*3) and not {'mean','std','preproc'} & model.recipe.keys()
+    torch.testing.assert_close(model.fmap(x), model.backbone((x-.5)/.25))
+    with pytest.raises(ValueError, match='mean and std'): model.preproc = Preproc(std=(0.,)*3)
+    assert norm_of(model)==([.5]*3,[.25]*3)
+
+def test_preproc_follows_the_model():
+    model = tiny_model().double()
+    model.preproc = Preproc(mean=(.5,)*3)
+    assert model.mean.dtype==torch.float64 and copy.deepcopy(model).preproc==model.preproc
+    model.preproc = Preproc(mean=(.5,), std=(.5,))
+    assert model.mean.shape==(1,1,1,1)
+
+@pytest.mark.parametrize('make', [lambda: tiny_model(), lambda: pcb(resnet18, n_parts=2), lambda: Ensemble([tiny_model()])])
+def test_fields_are_declared(make):
+    model = make()
+    assert (model.pids,model.threshold,model.origin)==([],None,None) and model.preproc==Preproc() and hasattr(model, 'recipe')
+    assert make().pids is not model.pids
+
+def test_recipe_leaves_preproc_out():
+    model = pcb(resnet18, 3, n_parts=2, preproc=Preproc((64,32)))
+    assert model.recipe['model']['kw']==dict(backbone=dict(fn='resnet18', kw={}), n_pids=3, n_parts=2)
+
+def test_old_recipes_say_mean_and_std():
+    recipe = reid_model(resnet18, 3).recipe|dict(mean=[.5]*3, std=[.25]*3)
+    assert norm_of(model_from_recipe(recipe))==([.5]*3,[.25]*3)
+    part = dict(model=dict(fn='fastreid_nb.parts.pcb', kw=dict(n_pids=3, backbone=dict(fn='fastreid_nb.backbone.resnet18', kw={}), mean=[.5]*3)))
+    assert model_from_recipe(part).preproc==Preproc(mean=(.5,)*3)
+
+def test_old_names_in_recipes(monkeypatch):
+    monkeypatch.setitem(rebuild._old_names, 'OldGeM', 'GeM')
+    monkeypatch.setitem(rebuild._old_args, 'GeM', dict(power='p'))
+    recipe = reid_model(resnet18, 3).recipe|dict(pool=dict(fn='fastreid_nb.pooling.OldGeM', kw=dict(power=4.)))
+    assert model_from_recipe(recipe).pool.p.item()==4
 
 def test_recipe_leaves_pretrained_out(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path/'w.pth')
-    model = reid_model(3, partial(resnet18, pretrained=tmp_path/'w.pth'))
-    assert model.recipe['backbone']==dict(fn='fastreid_nb.backbone.resnet18', kw={})
+    model = reid_model(partial(resnet18, pretrained=tmp_path/'w.pth'), 3)
+    assert model.recipe['backbone']==dict(fn='resnet18', kw={})
     assert model_from_recipe(model.recipe)
 
 def test_recipe_of_a_ready_module_is_none():
@@ -256,12 +307,12 @@ def test_recipe_of_a_ready_module_is_none():
     (dict(fn='fastreid_nb..heads.GeM', kw={}), 'not part of'), (dict(fn='fastreid_nb.pooling.NoSuch', kw={}), 'no public name'),
     (dict(fn='test_heads.Tiny', kw={}), 'not part of')])
 def test_recipe_refuses(spec, match):
-    recipe = dict(reid_model(3, resnet18).recipe, backbone=spec)
+    recipe = dict(reid_model(resnet18, 3).recipe, backbone=spec)
     with pytest.raises(ValueError, match=match): model_from_recipe(recipe)
 
 @pytest.mark.parametrize('kw,match', [(dict(backbone='resnet50'), "'resnet50'"), (dict(backbone=lambda: nn.Conv2d(3, 4, 3)), 'n_feat')])
 def test_reid_model_bad_pieces(kw, match):
-    with pytest.raises(ValueError, match=match): reid_model(3, **kw)
+    with pytest.raises(ValueError, match=match): reid_model(n_pids=3, **kw)
 
 @pytest.mark.parametrize('head', heads)
 def test_autocast_keeps_features_and_embeddings_precise(head):
@@ -277,12 +328,12 @@ def test_model_in_another_dtype(dtype):
     assert model(torch.rand(2, 3, 8, 8, dtype=dtype)).dtype==dtype
 
 def test_model_copies_and_pickles():
-    model,x = reid_model(3, resnet18).eval(),torch.rand(2, 3, 32, 32)
+    model,x = reid_model(resnet18, 3).eval(),torch.rand(2, 3, 32, 32)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model(x)) and twin.recipe==model.recipe
 
 def test_every_parameter_learns():
-    model = reid_model(4, resnet18, head=partial(ReductionHead, n_emb=16))
+    model = reid_model(resnet18, 4, head=partial(ReductionHead, n_emb=16))
     out,pid = model(torch.rand(8, 3, 32, 32)),torch.arange(4).repeat_interleave(2)
     (CrossEntropy()(out, pid)+TripletLoss(None)(out, pid)).backward()
     assert not [n for n,p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]

@@ -224,7 +224,7 @@ def test_with_norm(norm):
     assert sum(type(m) is kinds[norm] for m in new.modules())==sum(type(m) is nn.BatchNorm2d for m in old.modules())==20
 
 def test_with_norm_trains_and_has_a_recipe():
-    with torch.device('meta'): model = reid_model(5, partial(with_norm, resnet18, norm='ghost', splits=4))
+    with torch.device('meta'): model = reid_model(partial(with_norm, resnet18, norm='ghost', splits=4), 5)
     assert model.recipe['backbone'] is not None
     with torch.device('meta'): twin = model_from_recipe(model.recipe)
     assert {m.splits for m in twin.modules() if type(m) is GhostNorm}=={4} and type(twin.head.neck) is BNNeck

@@ -242,5 +242,5 @@ def test_bad_arguments(fn, match):
     with pytest.raises(ValueError, match=match): fn()
 
 def test_recipe():
-    model = reid_model(5, partial(osnet, 'x0_25', kind='ain'))
+    model = reid_model(partial(osnet, 'x0_25', kind='ain'), 5)
     assert list(model_from_recipe(model.recipe).state_dict())==list(model.state_dict())

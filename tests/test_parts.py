@@ -25,7 +25,7 @@ pid = torch.arange(4).repeat_interleave(2)
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
 
-def make(name, n_pids=4, backbone=resnet18, **kwargs): return makers[name](n_pids, backbone, n_emb=16, **kwargs)
+def make(name, n_pids=4, backbone=resnet18, **kwargs): return makers[name](backbone, n_pids, n_emb=16, **kwargs)
 
 def batch(h=80, w=32, n=8): return torch.rand(n, 3, h, w)
 
@@ -88,7 +88,7 @@ def era_a_head(s, b, fmap):
 
 def test_parameters():
     "The count in the reference implementation's summary"
-    with torch.device('meta'): model = mgn(751, partial(resnet50, ibn=True))
+    with torch.device('meta'): model = mgn(partial(resnet50, ibn=True), 751)
     assert sum(o.numel() for o in model.parameters())==70_343_752 and len(model.state_dict())==728
 
 # detection
@@ -96,10 +96,10 @@ def test_parameters():
 @pytest.mark.parametrize('kw,depth', [(dict(), 50), (dict(ibn=True), 50), (dict(se=True), 50)])
 def test_detect(kw, depth):
     with torch.device('meta'):
-        model = mgn(7, partial(resnet50, **kw), n_emb=32)
+        model = mgn(partial(resnet50, **kw), 7, n_emb=32)
         fn,state = detect_mgn({theirs(k):v[...,None,None] if 'reduce' in k else v for k,v in model.state_dict().items()})
         again = fn()
-    assert fn.args==(7,) and fn.keywords['n_emb']==32 and fn.keywords['backbone'].args==(depth,)
+    assert fn.keywords['n_pids']==7 and fn.keywords['n_emb']==32 and fn.keywords['backbone'].args==(depth,)
     assert fn.keywords['backbone'].keywords=={k:'a' if k=='ibn' else v for k,v in kw.items()}
     assert {k:v.shape for k,v in again.state_dict().items()}=={k:v.shape for k,v in state.items()}
 
@@ -118,7 +118,7 @@ def theirs(k):
 
 def test_detect_not_ours():
     assert detect_mgn({}) is None and detect_mgn(resnet18().state_dict()) is None
-    s = {theirs(k):v for k,v in mgn(3, resnet18, n_emb=4).state_dict().items()}
+    s = {theirs(k):v for k,v in mgn(resnet18, 3, n_emb=4).state_dict().items()}
     assert detect_mgn(s) is not None
     assert detect_mgn({k:v for k,v in s.items() if not k.startswith('b33_head')}) is None
     assert 'extra.weight' in detect_mgn(s | {'extra.weight':torch.zeros(1)})[1]
@@ -268,7 +268,8 @@ def test_training_step(name):
 def test_checkpoint(name, tmp_path):
     model,x = make(name, backbone=partial(resnet18, ibn=True)),batch(n=2)
     model(batch())
-    save_reid(tmp_path/'m.pt', model, Preproc((96,32)), [3,5,7,9])
+    model.preproc = Preproc((96,32))
+    save_reid(tmp_path/'m.pt', model, [3,5,7,9])
     with torch.no_grad(): close(load_reid(tmp_path/'m.pt')(x), model.eval()(x), rel=1e-5)
 
 def test_shared_exponent(tmp_path):
@@ -277,7 +278,8 @@ def test_shared_exponent(tmp_path):
     ps = [h.pool.p for h in model.head.heads.values()]
     assert all(o is ps[0] for o in ps) and len([n for n in with_shared(model) if n.endswith('pool.p')])==8
     with torch.no_grad(): ps[0].fill_(2.)
-    save_reid(tmp_path/'m.pt', model, Preproc((96,32)), [])
+    model.preproc = Preproc((96,32))
+    save_reid(tmp_path/'m.pt', model)
     again = load_reid(tmp_path/'m.pt')
     assert len({id(h.pool.p) for h in again.head.heads.values()})==1 and again.head.heads['b33'].pool.p.item()==2.
     own = [h.pool.p for h in make('mgn').head.heads.values()]
@@ -331,13 +333,13 @@ def test_same_weights_at_stride_1():
     with torch.no_grad(): assert torch.equal(full_height(branch)(trunk(x)), b(x))
 
 def test_branch_1_keeps_its_stride():
-    model = mgn(4, partial(resnet18_ibn, last_stride=2), n_emb=8).eval()
+    model = mgn(partial(resnet18_ibn, last_stride=2), 4, n_emb=8).eval()
     with torch.no_grad(): hs = [b(model.fmap(batch(n=1))).shape[2] for b in model.head.branches]
     assert hs==[3,5,5]
 
 def test_cannot_be_cut():
     with pytest.raises(ValueError, match='Conv2d has no stages'): cut_stages(nn.Conv2d(3, 8, 3))
-    with pytest.raises(ValueError, match='nl=False'), torch.device('meta'): mgn(4, partial(resnet50, nl=True))
+    with pytest.raises(ValueError, match='nl=False'), torch.device('meta'): mgn(partial(resnet50, nl=True), 4)
 
 def test_freezing():
     "A frozen backbone is the trunk and the copies of pretrained stages: no gradient, no step of their statistics"

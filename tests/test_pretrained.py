@@ -144,10 +144,10 @@ def mgn_file(model, era):
 
 @pytest.mark.parametrize('era', 'ABC')
 def test_mgn_of_every_era(era, tmp_path):
-    model = shaken(mgn(6, resnet18, n_emb=8, variant='2020' if era=='A' else 'current').eval())
+    model = shaken(mgn(resnet18, 6, n_emb=8, variant='2020' if era=='A' else 'current').eval())
     loaded = same_features(model, write(tmp_path, dict(model=mgn_file(model, era))), stem_pool='pad')
     assert loaded.origin.source==f'fastreid {era}' and loaded.preproc.size==(384,128)
-    save_reid(tmp_path/'m.pt', loaded, loaded.preproc)
+    save_reid(tmp_path/'m.pt', loaded)
     x = torch.rand(2, 3, 96, 32)
     with torch.no_grad(): assert torch.equal(load_reid(tmp_path/'m.pt')(x), loaded(x))
     assert len(quiet(tmp_path/'model.pth', n_pids=9).head.heads['b1'].head.classifier.weight)==9
@@ -193,7 +193,7 @@ def test_imagenet_of_torchvision(name, stride, tmp_path):
         with torch.no_grad(): close(loaded.fmap(x), got['fmap'], rel=1e-4)
 
 def test_transreid(tmp_path):
-    model = shaken(a_model(backbone=partial(vit, 'deit_tiny', (64,32), n_cams=3, stride=12), pool=FlattenPool, mean=(.5,)*3, std=(.5,)*3, test_on='feat'))
+    model = shaken(a_model(backbone=partial(vit, 'deit_tiny', (64,32), n_cams=3, stride=12), pool=FlattenPool, preproc=Preproc((64,32), mean=(.5,)*3, std=(.5,)*3), test_on='feat'))
     state = rename(model.state_dict(), (r'^backbone\.', 'base.'), (r'^head\.neck', 'bottleneck'), (r'^head\.', ''))|{'base.fc.weight':torch.zeros(1000, 192)}
     loaded,x = quiet(write(tmp_path, state), size=(64,32)),torch.rand(2, 3, 64, 32)
     assert loaded.backbone.n_cams==3 and loaded.origin.dropped=={'backbone.fc.weight':'classifier of ImageNet'}
@@ -201,7 +201,7 @@ def test_transreid(tmp_path):
     with torch.no_grad(): close(loaded(x, cams), model(x, cams))
 
 def test_transreid_with_branches(tmp_path):
-    model = shaken(transreid(6, 'deit_tiny', (64,32), n_cams=2).eval())
+    model = shaken(transreid('deit_tiny', 6, (64,32), n_cams=2).eval())
     def theirs(k):
         k = re.sub(r'^backbone\.', 'base.', k).replace('head.branches.', '')
         m = re.match(r'head\.heads\.(\d)\.(neck|classifier)(.*)', k)
@@ -215,7 +215,7 @@ def test_our_own(tmp_path):
     model = a_model()
     loaded = quiet(write(tmp_path, model.state_dict()))
     assert loaded.origin.source=='fastreid_nb'
-    save_reid(tmp_path/'m.pt', loaded, loaded.preproc)
+    save_reid(tmp_path/'m.pt', loaded)
     x = torch.rand(2, 3, 64, 32)
     with torch.no_grad(): assert torch.equal(load_reid(tmp_path/'m.pt')(x), loaded(x))
     assert load_pretrained(tmp_path/'m.pt').preproc==loaded.preproc
@@ -295,7 +295,7 @@ def test_side_information_of_cameras_and_views(tmp_path):
 
 def test_backbone_of_timm(tmp_path):
     pytest.importorskip('timm')
-    model = reid_model(6, 'timm/vit_tiny_patch16_224').eval()
+    model = reid_model('timm/vit_tiny_patch16_224', 6).eval()
     state = {k.removeprefix('net.'):v for k,v in model.backbone.state_dict().items()}
     with pytest.raises(ValueError, match='fit none of|unknown network|missing'): quiet(write(tmp_path, {k:v for k,v in state.items() if 'blocks.3' not in k}))
     loaded,x = quiet(write(tmp_path, state), backbone='timm/vit_tiny_patch16_224'),torch.rand(1, 3, *model.backbone.img_size)
@@ -323,12 +323,12 @@ def test_no_option_is_ignored(tmp_path):
     with pytest.raises(ValueError, match='no option last_stride'): quiet(path, last_stride=1)
 
 def test_our_file_takes_no_arguments(tmp_path):
-    save_reid(tmp_path/'m.pt', a_model(), Preproc())
+    save_reid(tmp_path/'m.pt', a_model())
     assert quiet(tmp_path/'m.pt').origin.source=='fastreid_nb'
     with pytest.raises(ValueError, match='knows all about itself'): quiet(tmp_path/'m.pt', size=(64,32))
 
 def test_raw_state_of_a_part_model(tmp_path):
-    with pytest.raises(ValueError, match='save_reid'): quiet(write(tmp_path, mgn(6, resnet18).state_dict()))
+    with pytest.raises(ValueError, match='save_reid'): quiet(write(tmp_path, mgn(resnet18, 6).state_dict()))
 
 def test_raw_state_with_the_usual_pool(tmp_path):
     model = shaken(a_model(pool=GeM))

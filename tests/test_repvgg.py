@@ -112,7 +112,7 @@ def test_deploy_of_other_networks():
 @pytest.mark.parametrize('backbone', [repvgg, partial(repvgg, 'A0', last_stride=2), resnet18])
 def test_deploy_of_a_model(backbone):
     "The recipe of the folded model builds a folded model"
-    model = shake(reid_model(5, backbone, AvgPool))
+    model = shake(reid_model(backbone, 5, AvgPool))
     low,x = deploy(model),torch.rand(2, 3, 64, 32)
     close(run(low, x), run(model, x), rel=1e-5)
     again = model_from_recipe(low.recipe)
@@ -122,7 +122,7 @@ def test_deploy_of_a_model(backbone):
 
 def test_deploy_of_a_model_of_unknown_make():
     "A recipe that would rebuild the branches is dropped"
-    model = shake(reid_model(5, repvgg(), AvgPool))
+    model = shake(reid_model(repvgg(), 5, AvgPool))
     assert deploy(model).recipe is None
 
 @pytest.mark.parametrize('size', names)

@@ -23,7 +23,7 @@ nets = dict(plain=resnet18, ibn=partial(resnet34, ibn=True), se=partial(resnet18
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
 
-def make(backbone=resnet18, **kwargs): return rmgl(4, backbone, n_emb=16, **kwargs)
+def make(backbone=resnet18, **kwargs): return rmgl(backbone, 4, n_emb=16, **kwargs)
 
 def batch(n=8): return torch.rand(n, 3, 80, 32)
 
@@ -69,11 +69,11 @@ def test_reach_between_parts(apart, reach):
     assert moved(head, 16+reach)>={'b1','b2','b3','b32'}
 
 def test_plain_model_leaks():
-    head = mgn(4, resnet18, n_emb=16).eval().head
+    head = mgn(resnet18, 4, n_emb=16).eval().head
     assert {'b31','b32'}<=moved(head, 16) and 'b33' not in moved(head, 16)
 
 def test_weights_of_mgn_fit():
-    a,b = mgn(4, resnet18, n_emb=16).eval(),make().eval()
+    a,b = mgn(resnet18, 4, n_emb=16).eval(),make().eval()
     assert fill(b, a.state_dict())==[] and fill(a, b.state_dict())==[]
     mid = torch.rand(1, 256, 48, 2)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_weights_of_mgn_fit():
     assert sum(o.numel() for o in a.parameters())==sum(o.numel() for o in b.parameters())
 
 def test_reach_in_the_picture():
-    own = [row_reach(m, (192,32))[5][:64].sum() for m in (mgn(4, resnet18), rmgl(4, resnet18))]
+    own = [row_reach(m, (192,32))[5][:64].sum() for m in (mgn(resnet18, 4), rmgl(resnet18, 4))]
     assert own[1]>own[0]
 
 def test_outputs_and_order():
@@ -110,10 +110,11 @@ def test_training_step():
 def test_checkpoint(apart, tmp_path):
     model = make(partial(resnet18, ibn=True), apart=apart)
     model(batch())
-    save_reid(tmp_path/'m.pt', model, Preproc((80,32)), [3,5,7,9])
+    model.preproc = Preproc((80,32))
+    save_reid(tmp_path/'m.pt', model, [3,5,7,9])
     again,x = load_reid(tmp_path/'m.pt'),batch(2)
     with torch.no_grad(): close(again(x), model.eval()(x), rel=1e-5)
-    assert model.recipe['model']['fn']=='fastreid_nb.rmgl.rmgl' and [leaks(b, 3) for b in again.head.branches]==[leaks(b, 3) for b in model.head.branches]
+    assert model.recipe['model']['fn']=='rmgl' and [leaks(b, 3) for b in again.head.branches]==[leaks(b, 3) for b in model.head.branches]
 
 def test_pickles_and_copies():
     model = make().eval()
@@ -140,7 +141,7 @@ def test_known_layers():
 
 def test_one_part_and_meta():
     assert leaks(restrict(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), 1), 2)
-    with torch.device('meta'): assert sum(p.numel() for p in rmgl(751, partial(resnet50, ibn=True)).parameters())==70_343_752
+    with torch.device('meta'): assert sum(p.numel() for p in rmgl(partial(resnet50, ibn=True), 751).parameters())==70_343_752
 
 def test_bad_input():
     with pytest.raises(ValueError, match="apart='all': choose one of"): make(apart='all')

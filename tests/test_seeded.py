@@ -7,7 +7,7 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException
 
 from fastreid_nb.all import *
-from golden_files import golden_files
+from golden_files import golden_files, own
 
 class Stop(Callback):
     "End the fit before its fourth step"
@@ -43,3 +43,26 @@ def test_ranking(want):
     q,g = (dict(pid=rng.integers(0, 20, n), camid=rng.integers(0, 3, n)) for n in (30,200))
     res = rank_dist(torch.from_numpy(rng.random((30,200))).round(decimals=2), q, g, 'market')   # many ties
     assert want['ranking']==dict(mAP=pytest.approx(res.mAP), mINP=pytest.approx(res.mINP), top=res.top[:,:5].tolist())
+
+old_recipes = json.loads((own/'recipes_0.0.1.json').read_text())
+
+def shapes_of(model):
+    "What a golden file keeps of the names and shapes of a model"
+    state = model.state_dict()
+    return dict(shapes=zlib.crc32(json.dumps({k:list(v.shape) for k,v in state.items()}).encode()), n=len(state))
+
+@pytest.mark.parametrize('name', old_recipes)
+def test_old_recipe(name):
+    "Same weights as in version 0.0.1, and a recipe of today that makes them too"
+    if name=='timm': pytest.importorskip('timm')
+    old = old_recipes[name]
+    model = model_from_recipe(old['recipe'])
+    assert shapes_of(model)==dict(shapes=old['shapes'], n=old['n'])
+    again = model_from_recipe(json.loads(json.dumps(model.recipe)))
+    assert shapes_of(again)==shapes_of(model) and 'fastreid_nb' not in json.dumps(model.recipe)
+
+def test_old_checkpoint():
+    path,told = own/'checkpoint_0.0.1.pt',own/'checkpoint_0.0.1.json'
+    x = torch.linspace(0, 1, 3*64*32).view(1, 3, 64, 32).sin().abs()
+    with torch.no_grad(): emb = load_reid(path)(x)
+    torch.testing.assert_close(emb[0], torch.tensor(json.loads(told.read_text())), rtol=1e-4, atol=1e-4)

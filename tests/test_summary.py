@@ -21,10 +21,10 @@ from fastreid_nb.train.checkpoint import load_reid, save_reid
 from fastreid_nb.heads.transreid import transreid
 from fastreid_nb.backbone.vit import vit
 
-makers = dict(r18=partial(reid_model, 5, resnet18), small=partial(reid_model, 5, resnet18, head=partial(ReductionHead, n_emb=32)),
-    osnet=partial(reid_model, 5, osnet), mobile=partial(reid_model, 5, mobilenet_v2), mgn=partial(mgn, 5, resnet18), pcb=partial(pcb, 5, resnet18, n_parts=2),
-    transreid=partial(transreid, 5, 'deit_tiny', (64,32)), haa=partial(haa, 5, resnet18, n_global=32, n_strip=16),
-    vit=partial(reid_model, 5, partial(vit, 'deit_tiny', (64,32)), pool=FlattenPool))
+makers = dict(r18=partial(reid_model, resnet18, 5), small=partial(reid_model, resnet18, 5, head=partial(ReductionHead, n_emb=32)),
+    osnet=partial(reid_model, osnet, 5), mobile=partial(reid_model, mobilenet_v2, 5), mgn=partial(mgn, resnet18, 5), pcb=partial(pcb, resnet18, 5, n_parts=2),
+    transreid=partial(transreid, 'deit_tiny', 5, (64,32)), haa=partial(haa, resnet18, 5, n_global=32, n_strip=16),
+    vit=partial(reid_model, partial(vit, 'deit_tiny', (64,32)), 5, pool=FlattenPool))
 
 @pytest.mark.parametrize('name', makers)
 def test_summary(name):
@@ -38,11 +38,11 @@ def test_summary(name):
 def test_multiply_adds_against_a_hand_count():
     net = nn.Conv2d(3, 8, 3, padding=1, bias=False)
     net.n_feat = 8
-    model = reid_model(5, net, head=partial(ReductionHead, n_emb=4))
+    model = reid_model(net, 5, head=partial(ReductionHead, n_emb=4))
     assert model.summary((10,6), bs=1, n_runs=1).macs==9*3*8*60 + 8*4 + 4*5
 
 def test_summary_leaves_the_model_alone():
-    model = reid_model(5, resnet18)
+    model = reid_model(resnet18, 5)
     before = {k:v.clone() for k,v in model.state_dict().items()}
     model.summary((64,32), bs=2, n_runs=1)
     assert model.training and all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
@@ -51,17 +51,17 @@ def test_summary_leaves_the_model_alone():
     assert not any(m._forward_hooks for m in model.modules())
 
 def test_summary_gives_every_layer_its_mode_back():
-    model = reid_model(5, resnet18).train()
+    model = reid_model(resnet18, 5).train()
     model.backbone.eval()
     model.summary((64,32), bs=1, n_runs=1)
     assert model.training and not model.backbone.training
 
 def test_summary_takes_the_size_of_the_preproc():
-    model = reid_model(5, resnet18)
+    model = reid_model(resnet18, 5)
     model.preproc = Preproc((64,48))
     assert model.summary(bs=1, n_runs=1).size==(64,48)
 
-def pair(**kw): return Ensemble([reid_model(5, resnet18, head=partial(ReductionHead, n_emb=32)), mgn(5, resnet18, n_emb=8)], **kw).eval()
+def pair(**kw): return Ensemble([reid_model(resnet18, 5, head=partial(ReductionHead, n_emb=32)), mgn(resnet18, 5, n_emb=8)], **kw).eval()
 
 @pytest.mark.parametrize('weights', [None, [1,1], [3,1]])
 def test_ensemble_cosines_are_the_weighted_mean(weights):
@@ -79,20 +79,20 @@ def test_ensemble_trains_all_members():
     assert all(any(p.grad is not None and p.grad.any() for p in m.parameters()) for m in e.models)
 
 def test_ensemble_hands_cameras_to_its_members():
-    e,x = Ensemble([transreid(5, 'deit_tiny', (64,32), n_cams=3)]).eval(),torch.rand(2, 3, 64, 32)
+    e,x = Ensemble([transreid('deit_tiny', 5, (64,32), n_cams=3)]).eval(),torch.rand(2, 3, 64, 32)
     dl = [(x, torch.tensor([0,1]), torch.tensor([2,1]))]
     with torch.no_grad(): torch.testing.assert_close(extract(e, dl, progress=False), e(x, torch.tensor([2,1])))
     assert e.n_cams==3 and (e(x, torch.tensor([0,1]))-e(x, torch.tensor([2,1]))).abs().amax(1)[1]==0
 
 def test_ensemble_is_saved(tmp_path):
-    e,x = Ensemble([reid_model(5, resnet18), reid_model(5, resnet18, mean=(.5,)*3, std=(.5,)*3)], [1,2], [None,(48,32)]).eval(),torch.rand(2, 3, 64, 32)
-    save_reid(tmp_path/'e.pt', e, Preproc((64,32)))
+    e,x = Ensemble([reid_model(resnet18, 5), reid_model(resnet18, 5, preproc=Preproc(mean=(.5,)*3, std=(.5,)*3))], [1,2], [None,(48,32)]).eval(),torch.rand(2, 3, 64, 32)
+    save_reid(tmp_path/'e.pt', e)
     with torch.no_grad(): torch.testing.assert_close(load_reid(tmp_path/'e.pt')(x), e(x))
     assert model_from_recipe(e.recipe).sizes==[None,(48,32)]
 
 def test_ensemble_of_models_without_recipe_has_none():
-    assert Ensemble([reid_model(5, resnet18), reid_model(5, resnet18)]).recipe is not None
-    assert Ensemble([reid_model(5, resnet18), nn.Identity()]).recipe is None
+    assert Ensemble([reid_model(resnet18, 5), reid_model(resnet18, 5)]).recipe is not None
+    assert Ensemble([reid_model(resnet18, 5), nn.Identity()]).recipe is None
 
 @pytest.mark.parametrize('kw', [dict(weights=[1]), dict(weights=[1,0]), dict(weights=[1,float('nan')]), dict(sizes=[None])])
 def test_ensemble_bad_arguments(kw):

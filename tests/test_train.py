@@ -1,4 +1,6 @@
 "Schedules, freezing, precision and checkpoints of 06_train"
+import warnings
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
@@ -20,8 +22,10 @@ class TinyNet(nn.Sequential):
     def __init__(self): super().__init__(nn.Conv2d(3,8,3,4,1), nn.BatchNorm2d(8), nn.ReLU())
 
 @pytest.fixture(scope='module')
-def dls(tmp_path_factory):
-    data = toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
+def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
+
+@pytest.fixture(scope='module')
+def dls(data):
     return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
 
 @pytest.fixture
@@ -115,9 +119,9 @@ def test_float16_on_cpu_is_refused(dls):
 def test_round_trip(tmp_path, dls):
     "Every part of a library model comes back from the file alone"
     from functools import partial
-    model = reid_model(5, partial(resnet18, ibn=True, last_stride=2), AvgPool, partial(ReductionHead, n_emb=16), (.5,.5,.5), (.2,.2,.2)).eval()
     pre = Preproc((64,32), 'bilinear', (.5,.5,.5), (.2,.2,.2))
-    save_reid(tmp_path/'sub'/'m.pt', model, pre, np.array([3,5,8,13,21]), np.float32(.25))
+    model = reid_model(partial(resnet18, ibn=True, last_stride=2), 5, AvgPool, partial(ReductionHead, n_emb=16), pre).eval()
+    save_reid(tmp_path/'sub'/'m.pt', model, np.array([3,5,8,13,21]), np.float32(.25))
     back = load_reid(tmp_path/'sub'/'m.pt')
     x = torch.rand(2,3,64,32)
     assert torch.equal(model.to(memory_format=torch.channels_last)(x), back(x)) and not back.training
@@ -126,7 +130,7 @@ def test_round_trip(tmp_path, dls):
 
 def test_bad_checkpoints(tmp_path, dls):
     good = tmp_path/'good.pt'
-    save_reid(good, reid_model(4, resnet18), dls.preproc)
+    save_reid(good, reid_model(resnet18, 4))
     raw = good.read_bytes()
     for i,n in enumerate((0, 10, len(raw)//2, len(raw)-100)):
         (tmp_path/f'{i}.pt').write_bytes(raw[:n])
@@ -136,21 +140,21 @@ def test_bad_checkpoints(tmp_path, dls):
     torch.save([1,2], tmp_path/'list.pt')
     with pytest.raises(ValueError, match='holds list'): load_reid(tmp_path/'list.pt')
     with pytest.raises(FileNotFoundError, match='no file'): load_reid(tmp_path/'none.pt')
-    model = reid_model(5, resnet18)
+    model = reid_model(resnet18, 5)
     before = model.head.classifier.weight.clone()
     with pytest.raises(ValueError, match='other shapes'): load_reid(good, model)
     assert torch.equal(model.head.classifier.weight, before)
-    with pytest.raises(ValueError, match='not in the network'): load_reid(good, reid_model(4, TinyNet))
+    with pytest.raises(ValueError, match='not in the network'): load_reid(good, reid_model(TinyNet, 4))
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch, dls):
     f = tmp_path/'m.pt'
-    save_reid(f, reid_model(4, TinyNet), dls.preproc)
+    save_reid(f, reid_model(TinyNet, 4))
     old = f.read_bytes()
     def half(obj, file):
         file.write(b'half')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(torch, 'save', half)
-    with pytest.raises(OSError, match='No space left.*choose a folder'): save_reid(f, reid_model(4, TinyNet), dls.preproc)
+    with pytest.raises(OSError, match='No space left.*choose a folder'): save_reid(f, reid_model(TinyNet, 4))
     assert f.read_bytes()==old and len(list(tmp_path.iterdir()))==1
 
 def test_read_only_folder(tmp_path, monkeypatch, dls):
@@ -160,7 +164,7 @@ def test_read_only_folder(tmp_path, monkeypatch, dls):
         folder = tmp_path
         def refuse(self, *args, **kwargs): raise PermissionError(13, 'Permission denied', str(self))
         monkeypatch.setattr(Path, 'touch', refuse)
-    with pytest.raises(OSError, match='cannot write .*m.pt.*choose a folder'): save_reid(folder/'m.pt', reid_model(4, TinyNet), dls.preproc)
+    with pytest.raises(OSError, match='cannot write .*m.pt.*choose a folder'): save_reid(folder/'m.pt', reid_model(TinyNet, 4))
     assert list(tmp_path.iterdir())==[]
 
 def test_learning_rates_per_group(learn):
@@ -196,32 +200,75 @@ def test_parameters_of_a_loss_are_trained(dls):
 
 def test_normalisation_comes_with_the_data(tmp_path, dls):
     "A model with another mean is refused for training, and follows its checkpoint when loaded"
-    with pytest.raises(ValueError, match='expected the same mean and std'): reid_learner(dls, model=reid_model(6, TinyNet, mean=(.5,.5,.5)))
-    save_reid(tmp_path/'m.pt', reid_model(6, TinyNet, mean=(.5,.5,.5)), Preproc((32,16), mean=(.5,.5,.5)))
-    assert load_reid(tmp_path/'m.pt', reid_model(6, TinyNet)).mean.flatten().tolist()==[.5,.5,.5]
+    save_reid(tmp_path/'m.pt', reid_model(TinyNet, 6, preproc=Preproc((32,16), mean=(.5,.5,.5))))
+    assert load_reid(tmp_path/'m.pt', reid_model(TinyNet, 6)).mean.flatten().tolist()==[.5,.5,.5]
+
+class Told(TinyNet):
+    "A backbone that was made for images of another mean"
+    mean,std = (.5,)*3,(.25,)*3
+
+def test_learner_takes_the_norm_of_the_backbone(dls):
+    own = dls.preproc
+    l = reid_learner(dls, Told)
+    assert l.model.preproc==l.dls.preproc==replace(own, mean=(.5,)*3, std=(.25,)*3)
+    assert dls.preproc is own and reid_learner(dls, TinyNet).model.preproc==own # no trace for the next learner
+
+def test_learner_takes_the_norm_of_the_loaders(data):
+    pre = Preproc((32,16), 'bilinear', (.4,)*3, (.2,)*3)
+    dls = reid_dls(data, preproc=pre, p=4, k=2, num_workers=0)
+    l = reid_learner(dls, TinyNet)
+    assert l.model.preproc==pre and l.dls is dls and l.model.mean.flatten().tolist()==pytest.approx([.4]*3)
+    with pytest.raises(ValueError, match='expected the same mean and std'): reid_learner(dls, model=reid_model(TinyNet, 4))
+
+def test_ready_model_keeps_its_norm_and_takes_the_size(dls):
+    model = reid_model(TinyNet, len(dls.pids), preproc=Preproc((64,32), 'bilinear', (.5,)*3))
+    with pytest.warns(UserWarning, match=r'\(64, 32\), bilinear') as said: l = reid_learner(dls, model=model)
+    assert len(said)==1 and l.model.preproc==l.dls.preproc==replace(dls.preproc, mean=(.5,)*3)
+    with warnings.catch_warnings(action='error'): reid_learner(dls, model=model)
+
+def test_pids_come_with_training(dls, tmp_path):
+    model = reid_model(TinyNet, len(dls.pids), preproc=dls.preproc)
+    l = reid_learner(dls, model=model)
+    assert model.pids==[]
+    with l.no_bar(), l.no_logging(): l.fit(1)
+    assert model.pids==list(dls.pids)
+    model.threshold = .25
+    save_reid(tmp_path/'m.pt', model)
+    back = load_reid(tmp_path/'m.pt', reid_model(TinyNet, len(dls.pids)))
+    assert (back.preproc,back.pids,back.threshold)==(dls.preproc,list(dls.pids),.25)
+
+@pytest.mark.parametrize('how', ['wrapped','part','in place'])
+def test_compiled_model_is_saved_under_plain_names(tmp_path, how):
+    model = reid_model(resnet18, 3)
+    names = list(model.state_dict())
+    save_reid(tmp_path/'plain.pt', model)
+    if how=='wrapped': model = torch.compile(model, backend='eager')
+    elif how=='part': model.backbone = torch.compile(model.backbone, backend='eager')
+    else: model.compile(backend='eager')
+    save_reid(tmp_path/'m.pt', model)
+    assert list(torch.load(tmp_path/'m.pt')['state'])==names and load_reid(tmp_path/'m.pt').recipe['n_pids']==3
+    if how=='wrapped': assert load_reid(tmp_path/'plain.pt', model) is model
 
 def test_file_without_recipe_or_of_another_version(tmp_path, dls):
-    model = reid_model(4, resnet18)
+    model = reid_model(resnet18, 4)
     for recipe,msg in ((None,'no recipe'), ({'n_pids':4},'cannot be rebuilt by'), (model.recipe|dict(pool=dict(fn='fastreid_nb.pooling.GeM', kw=dict(q=1))),'cannot be rebuilt')):
         model.recipe = recipe
-        save_reid(tmp_path/'m.pt', model, dls.preproc)
+        save_reid(tmp_path/'m.pt', model)
         with pytest.raises(ValueError, match=msg): load_reid(tmp_path/'m.pt')
 
-def test_save_refuses_another_normalisation(tmp_path):
-    "Otherwise the loaded model would normalise as the preproc says, and give other features"
-    model = reid_model(3, resnet18, mean=(.5,)*3, std=(.5,)*3)
-    with pytest.raises(ValueError, match='make them equal'): save_reid(tmp_path/'m.pt', model, Preproc())
+def test_model_without_preproc_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match='set model.preproc'): save_reid(tmp_path/'m.pt', nn.Linear(2, 2))
     assert not (tmp_path/'m.pt').exists()
 
 def test_what_evaluation_gives_is_saved(tmp_path):
-    model = reid_model(3, resnet18)
+    model = reid_model(resnet18, 3)
     model.test_on = 'logits'
-    save_reid(tmp_path/'m.pt', model, Preproc())
+    save_reid(tmp_path/'m.pt', model)
     assert load_reid(tmp_path/'m.pt')(torch.rand(1, 3, 32, 32)).shape==(1,3)
 
 def test_an_ensemble_is_trained(dls):
     from fastreid_nb.heads.ensemble import Ensemble
-    learn = reid_learner(dls, model=Ensemble([reid_model(len(dls.pids), resnet18), reid_model(len(dls.pids), resnet18)]))
+    learn = reid_learner(dls, model=Ensemble([reid_model(resnet18, len(dls.pids)), reid_model(resnet18, len(dls.pids))]))
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(1, freeze_iters=1)
     body,rest = learn.splitter(learn.model)
     assert len(body)+len(rest)==len(list(learn.model.parameters())) and all(p.requires_grad for p in body)

@@ -9,7 +9,7 @@ from fastreid_nb.train.checkpoint import load_reid, save_reid
 from fastreid_nb.train.core import reid_splitter
 from fastreid_nb.heads.transreid import detect_transreid, transreid
 
-def make(**kw): return transreid(**dict(dict(n_pids=4, size='deit_tiny', img_size=(64,32), n_cams=2), **kw))
+def make(**kw): return transreid(**dict(dict(variant='deit_tiny', n_pids=4, img_size=(64,32), n_cams=2), **kw))
 
 x,cams,pid = torch.rand(4, 3, 64, 32),torch.tensor([0,1,0,1]),torch.tensor([0,0,1,1])
 
@@ -42,8 +42,8 @@ def test_what_learns():
     assert {id(p) for p in model.head.branches.parameters()}<={id(p) for p in body} and len(rest)==10
 
 def test_checkpoint(tmp_path):
-    model = make(mean=(.4,)*3).eval()
-    save_reid(tmp_path/'m.pt', model, Preproc((64,32), mean=(.4,)*3, std=(.5,)*3))
+    model = make(preproc=Preproc((64,32), mean=(.4,)*3, std=(.5,)*3)).eval()
+    save_reid(tmp_path/'m.pt', model)
     twin = load_reid(tmp_path/'m.pt')
     with torch.no_grad(): torch.testing.assert_close(twin(x, cams), model(x, cams))
     assert twin.recipe==model.recipe and twin.test_on=='feat'

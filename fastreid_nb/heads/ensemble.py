@@ -9,7 +9,10 @@ __all__ = ['Ensemble', 'ensemble_from_recipes']
 
 # %% ../../nbs/04g_heads.ensemble.ipynb #639c6927
 import math, torch, torch.nn.functional as F
+from fastcore.basics import patch
+from ..data.preproc import Preproc
 from .core import ReIDOut
+from .model import plain_tensor
 from .rebuild import model_from_recipe
 from torch import nn
 
@@ -20,30 +23,39 @@ def _even(field):
     n = math.lcm(*map(len, lists))
     return [p for o in lists for p in o*(n//len(o))]
 
+def _sizes(models):
+    "Size that each model looks at; None for all where the sizes agree or are not known"
+    preprocs = [getattr(m, 'preproc', None) for m in models]
+    sizes = [None if o is None else o.size for o in preprocs]
+    return sizes if len(set(sizes))>1 else [None]*len(models)
+
+# %% ../../nbs/04g_heads.ensemble.ipynb #fe97147e
 class Ensemble(nn.Module):
     "Several models as one, whose cosines are the weighted mean of theirs"
     def __init__(self,
         models:list, # `ReIDModel`s
         weights:list=None, # One positive number each; equal by default, scaled to sum to 1
-        sizes:list=None, # (height, width) that each model looks at, None where it takes what comes; by default that of its `preproc`, if it has one
+        sizes:list=None, # (height, width) in pixels that each model looks at, None where it takes what comes; by default that of its `preproc`
     ):
         super().__init__()
         weights = [1]*len(models) if weights is None else weights
-        sizes = [getattr(getattr(m, 'preproc', None), 'size', None) for m in models] if sizes is None else sizes
-        if not models or not len(models)==len(weights)==len(sizes) or not all(w>0 for w in weights): raise ValueError(
-            f'{len(models)} models, weights {weights}, sizes {sizes}: expected at least one model, and a positive weight and a size for each')
-        self.models,self.weights = nn.ModuleList(models),[float(w)/sum(weights) for w in weights]
-        self.sizes,recipes = [o and tuple(o) for o in sizes],[getattr(m, 'recipe', None) for m in models]
+        sizes = _sizes(models) if sizes is None else sizes
+        fits = models and len(models)==len(weights)==len(sizes) and all(w>0 for w in weights)
+        if not fits: raise ValueError(f'{len(models)} models, weights {weights}, sizes {sizes}: '
+            'expected at least one model, and a positive weight and a size for each')
+        self.models = nn.ModuleList(models)
+        self.weights = [float(w)/sum(weights) for w in weights]
+        self.sizes = [o and tuple(o) for o in sizes]
         self.n_cams = max(getattr(m, 'n_cams', 0) for m in models)
-        kw = dict(recipes=recipes, weights=self.weights, sizes=self.sizes)
-        self.recipe = None if None in recipes else dict(model=dict(fn='fastreid_nb.ensemble.ensemble_from_recipes', kw=kw))
+        self.preproc = getattr(models[0], 'preproc', None)
+        self.pids,self.threshold,self.origin = [],None,None
 
     def _view(self, x, size):
         if size is None or tuple(x.shape[2:])==size: return x
-        return F.interpolate(x.as_subclass(torch.Tensor), size, mode='bilinear', antialias=True, align_corners=False)
+        return F.interpolate(plain_tensor(x), size, mode='bilinear', antialias=True, align_corners=False)
 
     def outputs(self,
-        x:torch.Tensor, # Pictures, (B,3,H,W) RGB in [0,1]
+        x:torch.Tensor, # Images, (B,3,H,W) RGB in [0,1]
         camid:torch.Tensor=None, # Cameras, (B,) int64, for members that know them
     )->ReIDOut: # Lists over all parts of all members
         "What every member says"
@@ -51,7 +63,7 @@ class Ensemble(nn.Module):
         return ReIDOut(*map(_even, zip(*outs)))
 
     def forward(self,
-        x:torch.Tensor, # Pictures, (B,3,H,W) RGB in [0,1]
+        x:torch.Tensor, # Images, (B,3,H,W) RGB in [0,1]
         camid:torch.Tensor=None, # As in `outputs`
     )->ReIDOut|torch.Tensor: # `ReIDOut` in training, embeddings (B,ΣD) of length 1 in evaluation
         "All outputs in training, the joined embedding in evaluation"
@@ -64,6 +76,19 @@ def ensemble_from_recipes(
     recipes:list, # `recipe` of each member
     weights:list, # As in `Ensemble`
     sizes:list, # As in `Ensemble`
+    preprocs:list=None, # `preproc.to_dict()` of each member; by default as the recipe says
 )->Ensemble: # With new weights
     "Rebuild an ensemble from the recipes of its members"
-    return Ensemble([model_from_recipe(o) for o in recipes], weights, sizes)
+    models = [model_from_recipe(o) for o in recipes]
+    for m,d in zip(models, preprocs or []): m.preproc = Preproc.from_dict(d)
+    return Ensemble(models, weights, sizes)
+
+# %% ../../nbs/04g_heads.ensemble.ipynb #206ef3f0
+@patch(as_prop=True)
+def recipe(self:Ensemble)->dict: # None if a member has no recipe
+    "How to build the ensemble again, with the `preproc` of every member"
+    recipes = [getattr(m, 'recipe', None) for m in self.models]
+    if None in recipes: return None
+    preprocs = [m.preproc.to_dict() for m in self.models]
+    kw = dict(recipes=recipes, weights=self.weights, sizes=self.sizes, preprocs=preprocs)
+    return dict(model=dict(fn='ensemble_from_recipes', kw=kw))

@@ -12,9 +12,10 @@ __all__ = ['clothes', 'Attention', 'darkness', 'zoom', 'Locator', 'corner_mse', 
 import copy, torch, torch.nn.functional as F
 from collections import namedtuple
 from fastcore.basics import patch
+from ..data.preproc import Preproc
 from ..backbone.resnet import resnet50
 from .core import BNNeck, BNNeckHead, ReIDOut
-from .model import ReIDModel, eval_mode, make_backbone
+from .model import ReIDModel, eval_mode, make_backbone, plain_tensor
 from .rebuild import keep_recipe
 from ..pooling.core import GeM, full_precision, narrow_to
 from torch import nn
@@ -30,7 +31,7 @@ def darkness(
     t,l,b,r = area
     if not (0<=t<b<=1 and 0<=l<r<=1): raise ValueError(f'area={area}: expected top<bottom and left<right, all in [0,1]')
     rows,cols = (slice(int(lo*n), max(int(lo*n)+1, round(hi*n))) for lo,hi,n in ((t,b,x.shape[2]), (l,r,x.shape[3])))
-    rgb = full_precision(x.as_subclass(torch.Tensor))[:,:,rows,cols]
+    rgb = full_precision(plain_tensor(x))[:,:,rows,cols]
     return 1-(rgb*rgb.new_tensor([.299,.587,.114]).view(3, 1, 1)).sum(1).flatten(1).median(1).values
 
 # %% ../../nbs/04f_heads.haa.ipynb #6fc0726c
@@ -211,8 +212,8 @@ class HAA(ReIDModel):
 # %% ../../nbs/04f_heads.haa.ipynb #b9d57de6
 @keep_recipe
 def haa(
-    n_pids:int, # Number of training identities
     backbone:callable=resnet50, # Network of the whole picture: function, class or partial giving a module with `n_feat`, or such a module
+    n_pids:int=0, # Number of training identities, 0 to search only
     shoulder:callable=None, # Network of head and shoulders, in the same form; by default a copy of `backbone` that starts from the same weights
     size:tuple=None, # (height, width) to which head and shoulders are enlarged, pixels; by default that of the picture
     n_strips:int=3, # Strips of the head-shoulder map
@@ -220,8 +221,7 @@ def haa(
     n_strip:int=512, # Size of each strip's feature
     prior:tuple=(.5,.22,.75,.34), # Where head and shoulders are at first: centre x, centre y, width, height, as shares of the picture
     reach:tuple=(.15,.2,.25,.12), # By how much each of the four may be moved; zeros keep the box fixed
-    mean:tuple=None, # Subtracted from each channel; by default the backbone's, or ImageNet's
-    std:tuple=None, # Divides each channel; by default the backbone's, or ImageNet's
+    preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
 )->HAA: # The embedding has `n_global`+`n_strips`*`n_strip` values
     "Head-shoulder adaptive attention: two networks, the second for head and shoulders, weighed by how dark the clothes are"
     if n_strips<1: raise ValueError(f'n_strips={n_strips}: expected at least 1')
@@ -229,7 +229,7 @@ def haa(
     trunk = make_backbone(backbone)
     second = copy.deepcopy(trunk) if shoulder is None else make_backbone(shoulder)
     head = HAAHead(trunk.n_feat, n_pids, second, Locator(prior, reach), size, n_strips, n_global, n_strip)
-    return HAA(trunk, nn.Identity(), head, mean, std)
+    return HAA(trunk, nn.Identity(), head, preproc)
 
 # %% ../../nbs/04f_heads.haa.ipynb #0a6faea7
 class BlackLoss:

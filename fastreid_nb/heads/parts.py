@@ -13,6 +13,7 @@ import copy, re, torch, torch.nn.functional as F
 from collections import OrderedDict
 from ..backbone.resnet import detect_resnet, resnet50
 from ..data.files import check_choice
+from ..data.preproc import Preproc
 from .core import ReIDOut, ReductionHead
 from .model import ReIDModel, make_backbone, make_pool
 from .rebuild import keep_recipe
@@ -86,19 +87,19 @@ class PCBHead(nn.Module):
 # %% ../../nbs/04c_heads.parts.ipynb #f06053ad
 @keep_recipe
 def pcb(
-    n_pids:int, # Number of training identities
     backbone:callable=resnet50, # Function or partial giving a module with `n_feat`, or such a module
+    n_pids:int=0, # Number of training identities, 0 to search only
     n_parts:int=6, # Number of parts
     n_emb:int=256, # Values per part; the embedding has `n_parts` times as many
     refined:bool=False, # Learn which place belongs to which part?
     feat:str='neck', # What a metric loss sees: values after the 'neck', or those of the 'pool'
     cosine:bool=False, # Logits as cosines?
-    mean:tuple=None, # Subtracted from each channel; by default the backbone's, or ImageNet's
-    std:tuple=None, # Divides each channel; by default the backbone's, or ImageNet's
+    preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
 )->ReIDModel: # Untrained except for what `backbone` loads
     "The part-based convolutional baseline (Sun et al. 2018)"
     net = make_backbone(backbone)
-    return ReIDModel(net, nn.Identity(), PCBHead(net.n_feat, n_pids, n_parts, n_emb, refined, feat, cosine), mean, std)
+    head = PCBHead(net.n_feat, n_pids, n_parts, n_emb, refined, feat, cosine)
+    return ReIDModel(net, nn.Identity(), head, preproc)
 
 # %% ../../nbs/04c_heads.parts.ipynb #68469a7e
 def _strided(stage): return [m for m in stage.modules() if isinstance(m, (nn.Conv2d,nn.AvgPool2d)) and m.stride not in (1,(1,1))]
@@ -188,23 +189,23 @@ class MGNHead(nn.Module):
 # %% ../../nbs/04c_heads.parts.ipynb #6233625a
 @keep_recipe
 def mgn(
-    n_pids:int, # Number of training identities
     backbone:callable=resnet50, # Function or partial giving a ResNet-like network, or such a network
+    n_pids:int=0, # Number of training identities, 0 to search only
     n_emb:int=256, # Values per part; the embedding has 8 times as many, 13 times with `grid`
     variant:str='current', # Heads: 'current', or '2020' with a further normalisation and ReLU
     grid:bool=False, # A fourth branch cut into 2×2 cells?
     feat:str='neck', # What a metric loss sees: values after the 'neck', or those of the 'pool'
     pool:callable=GeM, # Makes a module (B,C,h,w) to (B,C)
     cosine:bool=False, # Logits as cosines?
-    mean:tuple=None, # Subtracted from each channel; by default the backbone's, or ImageNet's
-    std:tuple=None, # Divides each channel; by default the backbone's, or ImageNet's
+    preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
 )->ReIDModel: # Its `fmap` is the trunk's; untrained except for what `backbone` loads
     "The multiple granularity network (Wang et al. 2018) as fast-reid has it"
     trunk,branch = cut_stages(make_backbone(backbone))
     cuts = ((1,1),(2,1),(3,1),(2,2))[:4 if grid else 3]
     if variant=='2020': pool = make_pool(pool, branch.n_feat)
     head = partial(part_head, branch.n_feat, n_pids, n_emb, pool, variant, cosine)
-    return ReIDModel(trunk, nn.Identity(), MGNHead([branch, *(full_height(branch) for _ in cuts[1:])], cuts, head, feat), mean, std)
+    branches = [branch, *(full_height(branch) for _ in cuts[1:])]
+    return ReIDModel(trunk, nn.Identity(), MGNHead(branches, cuts, head, feat), preproc)
 
 # %% ../../nbs/04c_heads.parts.ipynb #970c00b3
 def row_reach(
@@ -254,4 +255,4 @@ def detect_mgn(
     for k,v in res.items():
         if k.endswith('head.reduce.weight'): res[k] = v.flatten(1)
     n_pids,n_emb = len(res.get('head.heads.b1.head.classifier.weight', ())),len(res['head.heads.b1.head.reduce.weight'])
-    return partial(mgn, n_pids, backbone=found[0], n_emb=n_emb, variant=variant), res
+    return partial(mgn, backbone=found[0], n_pids=n_pids, n_emb=n_emb, variant=variant), res

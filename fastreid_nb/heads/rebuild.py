@@ -9,6 +9,7 @@ __all__ = ['model_from_recipe', 'keep_recipe']
 
 # %% ../../nbs/04b_heads.rebuild.ipynb #dbd143b8
 import inspect, re
+from dataclasses import replace
 from functools import partial, wraps
 from importlib import import_module
 from torch import nn
@@ -16,34 +17,52 @@ from .model import ReIDModel, _describe, reid_model
 
 # %% ../../nbs/04b_heads.rebuild.ipynb #613f28db
 _dotted = re.compile(r'(?:fastreid_nb(?:\.\w+)+\.)?([A-Za-z]\w*)') # Files of version 0.0.1 name the module too
+_old_names = {} # Public name of version 0.0.1 to the present one
+_old_args = dict(transreid=dict(size='variant')) # Present name of a function to its arguments, old to new
 
 def _public(piece, name):
     "The public function or class `name` of this library, if it makes networks"
     m = _dotted.fullmatch(name)
-    if not m: raise ValueError(f'the recipe makes its {piece} with {name}, which is not '
-        'part of fastreid_nb and is therefore not run: build the model yourself and pass it')
-    fn = getattr(import_module('fastreid_nb.all'), m[1], None)
-    if not getattr(fn, '__module__', '').startswith('fastreid_nb.'): raise ValueError(
-        f'fastreid_nb has no public name {m[1]}: is this recipe from another version?')
+    if not m: raise ValueError(f'the recipe makes its {piece} with {name}, which is not part of fastreid_nb '
+        'and is therefore not run: build the model yourself and pass it')
+    name = _old_names.get(m[1], m[1])
+    fn = getattr(import_module('fastreid_nb.all'), name, None)
+    if not getattr(fn, '__module__', '').startswith('fastreid_nb.'):
+        raise ValueError(f'fastreid_nb has no public name {name}: is this recipe from another version?')
     makes = fn if isinstance(fn, type) else inspect.signature(fn).return_annotation
-    if not isinstance(makes, type) or not issubclass(makes, nn.Module): raise ValueError(f'the recipe makes its {piece} with {m[1]}, '
-        'which makes no part of a network and is therefore not run')
-    return fn
+    if isinstance(makes, type) and issubclass(makes, nn.Module): return fn
+    raise ValueError(f'the recipe makes its {piece} with {name}, which makes no part of a network and is therefore not run')
+
+def _is_spec(o): return isinstance(o, dict) and o.keys()=={'fn','kw'}
 
 def _find(name, spec):
-    if spec is None: raise ValueError(f'the recipe does not say how its {name} was made (it came as a ready module or with '
-        'arguments that are not plain Python): build the model yourself and pass it')
-    nested = {k:_find(k, v) for k,v in spec['kw'].items() if isinstance(v, dict) and v.keys()=={'fn','kw'}}
-    return partial(_public(name, spec['fn']), **{**spec['kw'], **nested})
+    "A partial of what makes the piece `name`"
+    if spec is None: raise ValueError(f'the recipe does not say how its {name} was made (it came as a ready module or '
+        'with arguments that are not plain Python): build the model yourself and pass it')
+    fn = _public(name, spec['fn'])
+    new = _old_args.get(fn.__name__, {})
+    kw = {new.get(k, k):v for k,v in spec['kw'].items()}
+    return partial(fn, **{k:_find(k, v) if _is_spec(v) else v for k,v in kw.items()})
+
+# %% ../../nbs/04b_heads.rebuild.ipynb #280ead49
+def _as_normed(model, said):
+    "`model` with the `mean` and `std` that an old recipe says, if any"
+    norm = {k:tuple(said[k]) for k in ('mean','std') if said.get(k)}
+    if norm: model.preproc = replace(model.preproc, **norm)
+    return model
 
 def model_from_recipe(
     recipe:dict, # `recipe` of a model
 )->ReIDModel: # The same architecture with new weights
     "Rebuild a model from its recipe, running nothing but this library"
-    if not isinstance(recipe, dict): raise ValueError('no recipe: this model was not put together by this library; build it yourself and pass it')
-    if 'model' in recipe: return _find('model', recipe['model'])()
+    if not isinstance(recipe, dict): raise ValueError(
+        'no recipe: this model was not put together by this library; build it yourself and pass it')
+    if 'model' in recipe:
+        fn,kw = recipe['model']['fn'],recipe['model']['kw']
+        spec = dict(fn=fn, kw={k:v for k,v in kw.items() if k not in ('mean','std')})
+        return _as_normed(_find('model', spec)(), kw)
     pieces = {k:_find(k, recipe[k]) for k in ('backbone','pool','head')}
-    return reid_model(recipe['n_pids'], **pieces, mean=recipe['mean'], std=recipe['std'], test_on=recipe.get('test_on', 'emb'))
+    return _as_normed(reid_model(n_pids=recipe['n_pids'], **pieces, test_on=recipe.get('test_on', 'emb')), recipe)
 
 # %% ../../nbs/04b_heads.rebuild.ipynb #ed033e4c
 def keep_recipe(

@@ -14,6 +14,7 @@ from ..backbone.core import SplitAttention
 from ..backbone.core import SE
 from ..backbone.resnet import resnet50
 from ..data.files import check_choice
+from ..data.preproc import Preproc
 from .model import ReIDModel
 from .rebuild import keep_recipe
 from .parts import cells, mgn
@@ -83,19 +84,18 @@ _stages = dict(layer3=['layer3'], layer4=['layer4'], both=['layer3','layer4'])
 
 @keep_recipe
 def rmgl(
-    n_pids:int, # Number of training identities
     backbone:callable=resnet50, # Function or partial giving a ResNet-like network, or such a network
+    n_pids:int=0, # Number of training identities, 0 to search only
     apart:str='both', # Stages of a branch in which parts are kept apart: 'layer3', 'layer4' or 'both'
     n_emb:int=256, # Values per part; the embedding has 8 times as many
     feat:str='neck', # What a metric loss sees: values after the 'neck', or those of the 'pool'
     pool:callable=GeM, # Makes a module (B,C,h,w) to (B,C)
     cosine:bool=False, # Logits as cosines?
-    mean:tuple=None, # Subtracted from each channel; by default the backbone's, or ImageNet's
-    std:tuple=None, # Divides each channel; by default the backbone's, or ImageNet's
+    preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
 )->ReIDModel: # As of `mgn`, with the same names of weights
     "MGN whose branches keep their parts apart (after Wang et al. 2020)"
     stages = _stages[check_choice('apart', apart, _stages)]
-    model = mgn(n_pids, backbone, n_emb, feat=feat, pool=pool, cosine=cosine, mean=mean, std=std)
+    model = mgn(backbone, n_pids, n_emb, feat=feat, pool=pool, cosine=cosine, preproc=preproc)
     for branch,(rows,_) in zip(model.head.branches, model.head.cuts):
         for o in stages: restrict(getattr(branch, o), rows)
     return model

@@ -84,13 +84,13 @@ def _time(run, n_runs):
 @patch
 @torch.no_grad()
 def summary(self:ReIDModel,
-    size:tuple=None, # (height, width) of a picture; by default what the backbone is made for, that of `preproc`, or 256×128
+    size:tuple=None, # (height, width) of an image, pixels; by default that of `preproc`
     bs:int=8, # Pictures in a batch when time is measured
     dtype:torch.dtype=torch.float32, # Autocast to this when time is measured
     n_runs:int=5, # Batches that are timed
 )->ModelSummary: # Prints as a table
     "Parameters, multiply-adds, shapes by stage, size of the embedding, and measured milliseconds"
-    size = tuple(size or getattr(self.backbone, 'img_size', None) or getattr(getattr(self, 'preproc', None), 'size', (256,128)))
+    size = tuple(size or self.preproc.size)
     one,many = (self.mean.new_zeros((n, self.mean.shape[1], *size)) for n in (1,bs))
     dev,amp = one.device,torch.autocast(one.device.type, dtype, enabled=dtype!=torch.float32)
     parts = [*_parts(self.backbone, 'backbone.'), ('pool',self.pool), *_parts(self.head, 'head.')]

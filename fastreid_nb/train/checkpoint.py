@@ -9,7 +9,7 @@ __all__ = ['save_reid', 'load_reid']
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #0eddd31c
 from pathlib import Path
-import numpy as np, torch
+import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .. import __version__
@@ -21,50 +21,60 @@ from ..heads.model import ReIDModel
 from ..heads.rebuild import model_from_recipe
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #32687a2f
+def plain_state(model):
+    "Name to tensor on the CPU, under the names of the model before `torch.compile`"
+    return {k.replace('_orig_mod.', ''):v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+
+def uncompiled(model):
+    "The model inside what `torch.compile` made of it"
+    return getattr(model, '_orig_mod', model)
+
+# %% ../../nbs/06b_train.checkpoint.ipynb #a04249f9
 def save_reid(
     path:str|Path, # File to write, by custom ending in .pt
-    model:ReIDModel, # Model to keep
-    preproc:Preproc, # How its pictures are read
-    pids:list=(), # Training identity of each class
-    threshold:float=None, # Distance below which two pictures count as one identity
+    model:ReIDModel, # Model to keep, with a `preproc`; it may be compiled
+    pids:list=None, # Training identity of each class; by default `model.pids`
+    threshold:float=None, # Distance below which two images count as one identity; by default `model.threshold`
 ):
     "Save a model with all that is needed to use it, in one file"
-    own = {k:[float(o) for o in getattr(model, k).flatten()] for k in ('mean','std') if hasattr(model, k)}
-    off = [k for k,v in own.items() if not np.allclose(v, getattr(preproc, k), atol=1e-4)]
-    if off: raise ValueError(f'the model normalises with {own}, the preproc to be saved with it with mean {preproc.mean} and std {preproc.std}: make them equal')
-    state = {k:v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
-    ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=state, preproc=preproc.to_dict(),
-        test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids], threshold=None if threshold is None else float(threshold))
+    if getattr(model, 'preproc', None) is None: raise ValueError(
+        f'{type(model).__name__} does not say how its images are read: set model.preproc to the Preproc it was trained with')
+    pids = getattr(model, 'pids', []) if pids is None else pids
+    threshold = getattr(model, 'threshold', None) if threshold is None else threshold
+    ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=plain_state(model),
+        preproc=model.preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
+        threshold=None if threshold is None else float(threshold))
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(ck, f)
 
 @patch
 def save_reid(self:Learner,
     path:str|Path, # File to write, by custom ending in .pt
-    threshold:float=None, # Distance below which two pictures count as one identity
+    threshold:float=None, # Distance below which two images count as one identity; by default `model.threshold`
 ):
     "Save the model with its preprocessing and class ids, in one file"
-    save_reid(path, self.model, self.dls.preproc, self.dls.pids, threshold)
+    save_reid(path, self.model, self.dls.pids, threshold)
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #d2391e3b
 def _read_checkpoint(path):
     ck = read_torch(path, 'a model (a checkpoint of save_reid)')
-    if not (isinstance(ck, dict) and ck.get('format')=='fastreid_nb'):
-        raise ValueError(f'{path} is no fastreid_nb checkpoint: it holds {list(ck)[:5] if isinstance(ck, dict) else type(ck).__name__}')
-    return ck
+    if isinstance(ck, dict) and ck.get('format')=='fastreid_nb': return ck
+    raise ValueError(f'{path} is no fastreid_nb checkpoint: it holds {list(ck)[:5] if isinstance(ck, dict) else type(ck).__name__}')
+
+def _rebuild(ck, path):
+    try: return model_from_recipe(ck['recipe'])
+    except (KeyError,TypeError) as e: raise ValueError(f'{path} was written by version {ck["version"]} and cannot be rebuilt '
+        f'by {__version__} ({e}): build the model yourself and pass it') from e
 
 def load_reid(
     path:str|Path, # Written by `save_reid`
     model:nn.Module=None, # Model to load into; by default rebuilt from the recipe in the file
     device:str|torch.device='cpu', # Where the model goes
-)->ReIDModel: # In evaluation mode, with attributes `preproc`, `pids` and `threshold`
+)->ReIDModel: # In evaluation mode, with the `preproc`, `pids` and `threshold` of the file
     "Load a model together with its preprocessing"
     ck = _read_checkpoint(path)
-    if model is None:
-        try: model = model_from_recipe(ck['recipe'])
-        except (KeyError,TypeError) as e: raise ValueError(
-            f'{path} was written by version {ck["version"]} and cannot be rebuilt by {__version__} ({e}): build the model yourself and pass it') from e
-    fill(model, ck['state'], path, ignore=())
-    if hasattr(model, 'set_norm'): model.set_norm(ck['preproc']['mean'], ck['preproc']['std'])
+    if model is None: model = _rebuild(ck, path)
+    fill(uncompiled(model), ck['state'], path, ignore=())
+    model.preproc = Preproc.from_dict(ck['preproc'])
     if 'test_on' in ck: model.test_on = ck['test_on']
-    model.preproc,model.pids,model.threshold = Preproc.from_dict(ck['preproc']),ck['pids'],ck['threshold']
+    model.pids,model.threshold = ck['pids'],ck['threshold']
     return model.to(device, memory_format=torch.channels_last).eval()

@@ -1,4 +1,4 @@
-"""A fastai `Learner` for re-identification: warm-up, freezing, mixed precision, and one file to keep the result in
+"""A fastai `Learner` for re-identification: mixed precision, validation on new identities, and the recipes' optimiser
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/train.html.md"""
 
@@ -9,8 +9,11 @@ __all__ = ['reid_cbs', 'reid_adam', 'best_dtype', 'Amp', 'ReIDLearner', 'EpochSe
            'reid_splitter', 'reid_learner']
 
 # %% ../../nbs/06_train.ipynb #3adca0a8
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from warnings import warn
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -21,6 +24,7 @@ from fastai.torch_core import params
 from fastcore.foundation import L
 from torch import nn
 from ..data.files import later
+from ..data.preproc import Preproc
 from ..backbone.resnet import resnet50
 from ..heads.core import BNNeckHead
 from ..heads.model import ReIDModel, reid_model
@@ -77,6 +81,7 @@ class ReIDLearner(Learner):
     "A `Learner` whose callbacks are undone on every exit from a fit, errors and Ctrl-C included"
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         cbs = L(cbs)
+        self.model.pids = list(getattr(self.dls, 'pids', []))
         try: super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, **kwargs)
         finally:
             for o in [*self.cbs, *cbs]:
@@ -131,6 +136,27 @@ def reid_splitter(
     inside = set(body)
     return [body, [o for o in params(model) if o not in inside] + (params(loss) if isinstance(loss, nn.Module) else [])]
 
+# %% ../../nbs/06_train.ipynb #2a162936
+def _built_preproc(backbone, preproc):
+    "`preproc` of the loaders with the mean and std that the backbone was made for, if it says so"
+    own = {k:tuple(o) for k in ('mean','std') if (o := getattr(backbone, k, None)) is not None}
+    return replace(preproc, **own)
+
+def _norm(preproc): return [[round(float(v), 4) for v in o] for o in (preproc.mean,preproc.std)]
+
+def share_preproc(model, dls):
+    "Give `model` the size and filter of the loaders, and return loaders with the `preproc` of the model"
+    own,read = getattr(model, 'preproc', None) or dls.preproc,dls.preproc
+    if _norm(read) not in (_norm(own), _norm(Preproc())): raise ValueError(
+        f'the model normalises with {_norm(own)}, the data with {_norm(read)}: expected the same mean and std')
+    if (own.size,own.resample)!=(read.size,read.resample): warn(
+        f'the model read images as {own.size}, {own.resample}; from now on it reads them as the loaders do: {read.size}, {read.resample}')
+    model.preproc = replace(own, size=read.size, resample=read.resample)
+    if model.preproc==read: return dls
+    dls = copy(dls) # others may use the loaders with another model
+    dls.preproc = model.preproc
+    return dls
+
 # %% ../../nbs/06_train.ipynb #deff8b7c
 def reid_learner(
     dls:DataLoaders, # From `reid_dls`
@@ -151,11 +177,9 @@ def reid_learner(
     if model is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = reid_model(len(dls.pids), backbone, pool, head)
-            if not hasattr(model.backbone, 'mean'): model.set_norm(dls.preproc.mean, dls.preproc.std)
-    own = [[round(float(v), 5) for v in o.flatten()] for o in (model.mean,model.std)] if hasattr(model, 'mean') else None
-    want = [[round(float(v), 5) for v in o] for o in (dls.preproc.mean,dls.preproc.std)]
-    if own not in (None,want): raise ValueError(f'the model normalises with {own}, the data with {want}: expected the same mean and std')
+            model = reid_model(backbone, len(dls.pids), pool, head)
+        model.preproc,model.pids = _built_preproc(model.backbone, dls.preproc),list(dls.pids)
+    dls = share_preproc(model, dls)
     model,loss = model.to(memory_format=torch.channels_last),loss or reid_loss()
     if isinstance(loss, nn.Module): loss.to(dls.device)
     cbs = [*(o() for o in reid_cbs), later('ScoreReID')(), Amp(dtype), *L(cbs)]

@@ -23,7 +23,7 @@ from ..backbone.vit import detect_vit, patch_grid
 from ..pooling.core import AvgMaxPool, AvgPool, ClipAvgPool, GeM, MaxPool
 from ..pooling.parts import FlattenPool
 from ..heads.core import BNNeckHead, LinearHead, ReductionHead
-from ..heads.model import imagenet_mean, imagenet_std
+from ..data.preproc import Preproc
 
 # %% ../../nbs/13_weights.ipynb #e23a7e0c
 _backbones = ('backbone.', 'base.')
@@ -168,7 +168,7 @@ def _guess(source, state):
     stride = 2 if source=='torchreid' and 'fc.0.weight' not in state else 1
     guess = dict(size=((384,128) if sbs else (256,128), why), last_stride=(stride, 'strides leave no trace'),
         pool=(pool, 'a fixed pooling leaves no trace' if fast and not has['p'] and not has['vit'] else ''),
-        mean=((.5,)*3 if half else imagenet_mean, 'no pixel_mean in the file'), std=((.5,)*3 if half else imagenet_std, 'no pixel_std in the file'),
+        mean=((.5,)*3 if half else Preproc.mean, 'no pixel_mean in the file'), std=((.5,)*3 if half else Preproc.std, 'no pixel_std in the file'),
         cosine=(sbs, 'only the classifier knows' if fast else ''), resample=('bicubic' if fast else 'bilinear', 'as its project resizes'))
     return guess|{k:(_pixels(state[f'pixel_{k}'].flatten().tolist()), '') for k in ('mean','std') if f'pixel_{k}' in state}
 
@@ -179,7 +179,7 @@ def _settle(given, cfg, guess, origin):
     for k,(val,why) in guess.items():
         own = k in ('mean','std') and not why   # the file says it
         known = next((o[k] for o in (given, {} if own else cfg) if o.get(k) is not None), None)
-        if known is None and cfg.get('default') and k in ('mean','std') and not own: known = dict(mean=imagenet_mean, std=imagenet_std)[k]
+        if known is None and cfg.get('default') and k in ('mean','std') and not own: known = dict(mean=Preproc.mean, std=Preproc.std)[k]
         res[k] = val if known is None else known
         if known is None and why: origin.assumed.append(f'{k}={val} ({why})')
         elif given.get(k) is None and not own: used.append(k)

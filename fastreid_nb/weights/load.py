@@ -9,6 +9,7 @@ __all__ = ['load_pretrained']
 
 # %% ../../nbs/13a_weights.load.ipynb #531b688e
 import inspect
+from dataclasses import replace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -64,22 +65,22 @@ def _assemble(path, state, source, cfg, given, origin):
     own = source=='imagenet' and given['pool'] is None
     kw = dict(test_on='feat') if source=='transreid' else {}
     if kw: origin.assumed.append('test_on=feat (what TransReID searches with)')
-    return partial(reid_model, n_pids, make, None if own else _pool(s), head, **kw), res, s
+    pool = None if own else _pool(s)
+    return partial(reid_model, backbone=make, n_pids=n_pids, pool=pool, head=head, **kw), res, s
 
 # %% ../../nbs/13a_weights.load.ipynb #39686472
 def _set_options(make, given, s):
     "The caller's options and the normalisation, for the function that needs them; a wrong option is refused"
-    net = make.args[1] if make.func is reid_model else make.keywords.get('backbone')
+    net = make.keywords.get('backbone')
     target = net if isinstance(net, partial) else make
     extra = given['options']|{k:given[k] for k in ('last_stride','stem_pool','dilation') if given[k] is not None}
     unknown = [k for k in extra if k not in inspect.signature(target.func).parameters]
     if unknown: raise ValueError(f'{target.func.__name__} has no option {unknown[0]}: it has '
         f'{[k for k in inspect.signature(target.func).parameters if k!="pretrained"]}')
     own = given['backbone'] is not None and given['mean'] is None and given['std'] is None
-    norm = {} if own else dict(mean=tuple(s['mean']), std=tuple(s['std']))
-    if target is make: return _with(make, **norm, **extra)
-    args = [_with(o, **extra) if o is net else o for o in make.args]
-    return partial(make.func, *args, **{k:_with(o, **extra) if o is net else o for k,o in make.keywords.items()}, **norm)
+    norm = {} if own else dict(preproc=Preproc(s['size'], s['resample'], s['mean'], s['std']))
+    if target is not make: norm,extra = norm|dict(backbone=_with(net, **extra)),{}
+    return _with(make, **norm, **extra)
 
 def _finish(make, state, s, keep_rows, origin):
     "Build, fill and try the model"
@@ -93,7 +94,7 @@ def _finish(make, state, s, keep_rows, origin):
     new += tuple(k for k in own if k.endswith('pool.p') and k not in dict(model.named_parameters()))
     fill(model, state, origin.path, ignore=(), new=new+(('head.','pool.') if origin.source=='imagenet' else ()))
     size = tuple(getattr(model.backbone, 'img_size', None) or s['size'])
-    model.preproc = Preproc(size, s['resample'], tuple(model.mean.flatten().tolist()), tuple(model.std.flatten().tolist()))
+    model.preproc = replace(model.preproc, size=size, resample=s['resample'])
     with torch.no_grad(): model.eval()(torch.zeros(1, model.mean.shape[1], *size))
     return model.to(memory_format=torch.channels_last)
 
@@ -125,9 +126,9 @@ def load_pretrained(
     origin = Origin(str(path), file_source(state), config=str(config or beside.name) if cfg and not isinstance(config, dict) else '')
     make,state,s = _assemble(path, state, origin.source, cfg, given, origin)
     make = _set_options(make, given, s)
-    if n_pids is not None: make = partial(make.func, n_pids, *make.args[1:], **make.keywords)
+    if n_pids is not None: make = _with(make, n_pids=n_pids)
     model = _finish(make, state, s, n_pids is None, origin)
-    model.pids,model.threshold,model.origin,origin.made = [],None,origin,_show(make)
+    model.origin,origin.made = origin,_show(make)
     if verbose: print(origin)
     return model
 
