@@ -1,4 +1,4 @@
-"""Who shares a batch, and which of their images: P identities, other cameras, several sets, rare classes, several processes
+"""Who shares a batch, and which of their images: P identities, other cameras, several sets, rare classes, many GPUs
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/augment.samplers.html.md"""
 
