@@ -113,7 +113,7 @@ def grey_patch(
     x:torch.Tensor, # (3,H,W), uint8, or float in [0,1]
     rng:np.random.Generator, # Source of size and place
     p:float=.2, # Probability
-    area:tuple=(.02,.4), # Range of the share of the picture
+    area:tuple=(.02,.4), # Range of the share of the image
     aspect:tuple=(.3,3.33), # Range of height over width of the rectangle
 )->torch.Tensor: # Same shape
     "Take the colour out of a random rectangle"

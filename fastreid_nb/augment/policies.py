@@ -35,9 +35,9 @@ def warp(
     x:torch.Tensor, # (3,H,W), uint8
     m:tuple, # ((a,b,c),(d,e,f)): new (x,y) looks at old (ax+by+c, dx+ey+f), pixels from the top left corner
     mode:str='bilinear', # Interpolation: nearest, bilinear or bicubic
-    fill:int=128, # Grey outside the old picture, 0 to 255
+    fill:int=128, # Grey outside the old image, 0 to 255
 )->torch.Tensor: # (3,H,W), uint8
-    "Affine map of a picture, as Pillow's `Image.transform`"
+    "Affine map of an image, as Pillow's `Image.transform`"
     h,w = x.shape[-2:]
     pix = np.array([[w/2,0,w/2],[0,h/2,h/2],[0,0,1]])
     theta = (np.linalg.inv(pix) @ np.array([*m,(0,0,1)]) @ pix)[None,:2]
@@ -81,7 +81,7 @@ class OpRange:
     start:float=0 # Magnitude at level 0
     change:float=0 # What the top level adds
     signed:bool=False # Subtract instead of add, half of the time?
-    sized:bool=False # Is `change` a share of the picture's width (operations on x) or height?
+    sized:bool=False # Is `change` a share of the image's width (operations on x) or height?
     whole:callable=None # How a whole number is made: `math.floor`, `math.ceil`, `math.trunc` or `round`
 
 # %% ../../nbs/01b_augment.policies.ipynb #3d5b73cc
@@ -95,7 +95,7 @@ class OpSpace:
         name:str, # Operation
         level:float, # From 0 to `top`
         sign:int=1, # 1 or -1, for ranges that are signed
-        size:tuple=(256,128), # (height, width) of the picture, pixels
+        size:tuple=(256,128), # (height, width) of the image, pixels
     )->float: # Second argument of the operation
         "Strength of an operation at a level"
         if name not in self.ranges:
@@ -225,7 +225,7 @@ def augmix(
     alpha:float=.1, # Of the Dirichlet distribution of the chains' weights, and of the Beta distribution of the blend
     space:OpSpace=augmix_space, # Operations to draw from
 )->torch.Tensor: # Same shape and dtype
-    "Blend a picture with a random average of chains of operations on it"
+    "Blend an image with a random average of chains of operations on it"
     if width<1 or not .1<=severity<=space.top:
         found = f'width={width}, severity={severity}'
         raise ValueError(f'{found}: expected 1 or more chains, and a severity from 0.1 to {space.top}')
