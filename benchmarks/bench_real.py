@@ -33,7 +33,7 @@ def splits(name, is_query):
 def vehicle2cam(): return splits('vehicle2cam', lambda df: df.camid==1)
 def omniglot_small(): return splits('omniglot_small', lambda df: df.camid.isin(sorted(df.camid.unique())[:2]))
 
-vehicle = dict(size=(96,96), p=16, k=2, augs=[hflip, often(affine), often(color), erase], epochs=50)
+vehicle = dict(size=(96,96), p=16, k=2, augs=[hflip, often(affine), often(color), random_erase], epochs=50)
 letters = dict(size=(64,64), p=16, k=4, augs=[often(partial(affine, degrees=15, fill=255))], epochs=12)
 
 def run(data, seed, size, p, k, augs, epochs, lr=1e-3):

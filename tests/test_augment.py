@@ -6,9 +6,11 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.data.transforms import Transform
 from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from fastai.vision.data import CategoryBlock, ColReader, DataBlock, ImageBlock
+from fastcore.basics import defaults
 from PIL import Image
+from fastreid_nb.augment import loaders
 from fastreid_nb.augment.loaders import ItemAugs, ReIDDataset, ReIDLoader, plain_dl, reid_dls
-from fastreid_nb.augment.core import bagtricks_augs, erase, hflip, pad_crop
+from fastreid_nb.augment.core import bagtricks_augs, hflip, pad_crop, random_erase
 from fastreid_nb.augment.samplers import pk_batches, pk_len
 from fastreid_nb.data.core import ReIDData
 from fastreid_nb.data.preproc import Preproc
@@ -68,7 +70,7 @@ def test_pk_refuses(counts, p, k, msg):
     with pytest.raises(ValueError, match=msg): pk_len(counts, p, k)
 
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
-@pytest.mark.parametrize('aug', [*bagtricks_augs, partial(erase, p=1), partial(hflip, p=1), partial(pad_crop, pad=.2)])
+@pytest.mark.parametrize('aug', [*bagtricks_augs, partial(random_erase, p=1), partial(hflip, p=1), partial(pad_crop, pad=.2)])
 def test_augs_keep_shape_dtype_and_input(aug, dtype):
     x = torch.randint(0, 256, (3,64,32), dtype=torch.uint8)
     x = x if dtype==torch.uint8 else x/255
@@ -81,7 +83,7 @@ def test_augs_keep_shape_dtype_and_input(aug, dtype):
 @pytest.mark.parametrize('p', [0,.3,1])
 def test_probabilities(p):
     x = torch.arange(3*64*32).view(3,64,32).float()/6144
-    for aug in (hflip, erase):
+    for aug in (hflip, random_erase):
         hits = sum(not torch.equal(aug(x, np.random.default_rng(i), p=p), x) for i in range(300))/300
         assert abs(hits-p)<.09
 
@@ -127,7 +129,7 @@ def test_skipping_bad_files(data, tmp_path, n):
     fixed[[3,4,30]] = fixed[[5,5,31]]
     want = reid_dls(ReIDData('x', data.train.assign(path=fixed), data.query, data.gallery), (64,32), p=9, k=8, num_workers=0)
     dls = reid_dls(bad, (64,32), p=9, k=8, num_workers=n, skip_bad=True)
-    with pytest.warns(UserWarning, match='3 of 72 pictures cannot be read.*broken 3.jpg'): assert same(batches(dls.train), batches(want.train))
+    with pytest.warns(UserWarning, match='3 of 72 images cannot be read.*broken 3.jpg'): assert same(batches(dls.train), batches(want.train))
     assert dls.train.bad.nonzero().flatten().tolist()==[3,4,30]
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -137,7 +139,7 @@ def test_skipping_bad_files(data, tmp_path, n):
 def test_an_identity_without_pictures_is_an_error(data, tmp_path, n):
     rows = np.flatnonzero(data.train.pid==data.train.pid[0])
     dls = reid_dls(hurt(data, tmp_path, rows), (64,32), p=9, k=8, num_workers=n, skip_bad=True)
-    with pytest.raises(ValueError, match='none of the 8 pictures of class 0 can be read; the last: .*broken'): list(dls.train)
+    with pytest.raises(ValueError, match='none of the 8 images of class 0 can be read; the last: .*broken'): list(dls.train)
 
 def test_validation_never_skips(data, tmp_path):
     broken = tmp_path/'broken.jpg'
@@ -235,7 +237,7 @@ def test_an_augmentation_may_change_the_size(data):
 
 @pytest.mark.parametrize('n', [0,1])
 def test_an_augmentation_may_not_change_the_type(data, n):
-    with pytest.raises(ValueError, match='made torch.float32 of a picture of torch.uint8'):
+    with pytest.raises(ValueError, match='made torch.float32 of an image of torch.uint8'):
         list(reid_dls(data, (64,32), p=3, k=2, augs=[lambda x, rng: x/255], num_workers=n).train)
 
 def test_augmentations_may_work_in_place(data):
@@ -294,5 +296,58 @@ def test_distractors_are_no_class(data):
 def test_empty_tables(data):
     none = data.query.iloc[:0]
     with pytest.raises(ValueError, match='empty'): plain_dl(none, Preproc((64,32)))
-    with pytest.raises(ValueError, match='no training pictures'): reid_dls(ReIDData('x', none, data.query, data.gallery))
+    with pytest.raises(ValueError, match='no training images'): reid_dls(ReIDData('x', none, data.query, data.gallery))
     with pytest.raises(ValueError, match='no query or gallery'): reid_dls(ReIDData('x', data.train, none, none))
+
+## Workers and devices
+
+def test_at_most_eight_workers(data, monkeypatch):
+    "By default one for each processor and no more than eight; more if asked for"
+    ds = ReIDDataset(data.train, Preproc((64,32)))
+    for cpus,n in ((1,1), (5,5), (64,8)):
+        monkeypatch.setattr(defaults, 'cpus', cpus)
+        dls = reid_dls(data, (64,32), p=3, k=2)
+        assert [o.fake_l.num_workers for o in (ReIDLoader(ds), *dls, plain_dl(data.query, Preproc((64,32))))]==[n]*4
+    assert ReIDLoader(ds, num_workers=12).fake_l.num_workers==12
+
+def test_only_batches_for_cuda_are_pinned(data):
+    "Whatever device the loader has now, and not the device it was made for"
+    dls = reid_dls(data, (64,32), p=3, k=2, num_workers=0, device='cpu')
+    for dl in dls: assert not dl.pins and not dl.pin_memory
+    dls.to('cuda')
+    for dl in dls: assert dl.pins
+    dls.to('cpu')
+    for dl in dls: assert not dl.pins and not dl.new().pins
+
+@pytest.mark.parametrize('pins', [False,True])
+def test_copies_wait_unless_pinned(data, monkeypatch, pins):
+    "What the loop asks of torch; pinning makes lists of tuples, and batches are tuples all the same"
+    seen = []
+    def copy(b, device, non_blocking):
+        seen.append((type(b), str(device), non_blocking))
+        return b
+    monkeypatch.setattr(loaders, 'to_device', copy)
+    monkeypatch.setattr(ReIDLoader, 'pins', pins)
+    dl = reid_dls(data, (64,32), p=3, k=2, num_workers=0, device='cpu').train
+    assert all(type(b)==tuple and b[0].dtype==torch.float32 for b in dl)
+    assert set(seen)=={(tuple,'cpu',pins)} and dl.fake_l.pin_memory==pins
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('n', [0,2])
+def test_batches_on_cuda(data, n):
+    "The same epochs as on the CPU, from pinned memory"
+    on = {o:reid_dls(data, (64,32), p=3, k=2, num_workers=n, device=o) for o in ('cpu','cuda')}
+    for a,b in zip(on['cpu'].loaders, on['cuda'].loaders):
+        for x,y in zip(a, b):
+            assert y[0].device.type==y[1].device.type=='cuda' and y[0].dtype==torch.float32
+            assert torch.allclose(x[0], y[0].cpu(), atol=1e-6) and torch.equal(x[1], y[1].cpu())
+
+def test_epoch_may_be_set_and_read(data):
+    "It is the number of the next epoch: a loader set to it gives what an uninterrupted one gave"
+    a,b = (reid_dls(data, (64,32), p=3, k=2, num_workers=0, seed=3).train for _ in range(2))
+    runs = [batches(a) for _ in range(3)]
+    assert a.epoch==3
+    b.epoch = 2
+    assert same(batches(b), runs[2]) and b.epoch==3
+    b.epoch = 0
+    assert same(batches(b), runs[0]) and not same(runs[0], runs[2])

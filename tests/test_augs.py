@@ -7,11 +7,11 @@ from fastai.torch_core import TensorImage
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from fastreid_nb.augment.core import bagtricks_augs, erase
+from fastreid_nb.augment.core import as_dtype, bagtricks_augs, fills, paste, random_erase, random_rect, show_draws
 from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.data.images import Pictures
-from fastreid_nb.augment.geometry import affine, as_dtype, color_jitter, grey_patch, paste, random_rect, random_resized_crop, random_shift, shift_hue, show_draws
-from fastreid_nb.augment.occlusion import RandomPatch, cutout, fills, occlude, random_erase
+from fastreid_nb.augment.geometry import affine, color_jitter, grey_patch, random_resized_crop, random_shift, shift_hue
+from fastreid_nb.augment.occlusion import RandomPatch, cutout, occlude
 from fastreid_nb.recipes.core import aug_recipes, sbs_augs, strong_augs, weak_augs
 from fastreid_nb.data.toy import toy_reid
 from golden_files import golden_params, missing
@@ -20,7 +20,8 @@ u8,f32 = torch.uint8,torch.float32
 obstacles = [torch.from_numpy(np.random.default_rng(i).integers(0, 256, (3,40,30), dtype=np.uint8)) for i in range(4)]
 augs = dict(random_resized_crop=random_resized_crop, affine=affine, random_shift=random_shift, color_jitter=color_jitter, grey_patch=grey_patch,
     mean=random_erase, zero=partial(random_erase, fill='zero'), random=partial(random_erase, fill='random'), colour=partial(random_erase, fill=(.2,.4,.6)),
-    cutout=cutout, occlude=partial(occlude, pictures=obstacles))
+    cutout=cutout, occlude=partial(occlude, images=obstacles))
+tv = dict(area=(.02,.33), aspect=(.3,3.3), log=True) # ranges of torchvision's erasing
 sizes = [(128,64), (64,128), (33,33), (7,5), (3,4)]
 every_aug = pytest.mark.parametrize('name', augs)
 
@@ -120,7 +121,7 @@ def test_rectangle_that_never_fits():
     rect = random_rect((64,32), gen(0), (.9,1), (8,9))
     x = picture((64,32))
     assert x[(..., *rect)].numel()==0 and torch.equal(paste(x, rect, (1,0,0)), x)
-    for aug in (partial(random_erase, fill='random'), grey_patch, random_resized_crop, partial(occlude, pictures=obstacles)):
+    for aug in (partial(random_erase, fill='random'), grey_patch, random_resized_crop, partial(occlude, images=obstacles)):
         for o in (x, x/255): assert torch.equal(aug(o, gen(0), p=1, area=(.9,1), aspect=(8,9)), o)
 
 def test_as_dtype_round_trip():
@@ -235,17 +236,34 @@ def test_random_erase(fill, dtype):
     for i in range(30):
         rng = gen(i)
         rng.random()
-        rect = random_rect((128,64), rng, (.02,.33), (.3,3.3), log=True)
-        y = random_erase(x, gen(i), p=1, fill=fill)
+        rect = random_rect((128,64), rng, **tv)
+        y = random_erase(x, gen(i), p=1, fill=fill, **tv)
         assert torch.equal(paste(y, rect, (0,0,0)), paste(x, rect, (0,0,0)))
         hole = as_dtype(y[(..., *rect)], u8)
         if fill=='random': assert hole.numel()<100 or (hole[0]!=hole[1]).any() and abs(hole.float().mean()-127.5)<20 and len(hole.unique())>50
         else: assert (hole==as_dtype(torch.tensor(fills.get(fill, fill), dtype=f32), u8).view(3,1,1)).all()
 
-def test_erase_is_a_case_of_random_erase():
-    for i in range(60):
-        x = picture(seed=i)
-        assert torch.equal(random_erase(x, gen(i), area=(.02,.4), aspect=(.3,3.33), log=False), erase(x, gen(i)))
+def erased(x, rng):
+    "The erasing of version 0.0.1, with its defaults"
+    if rng.random()>=.5: return x
+    H,W = x.shape[-2:]
+    for _ in range(100):
+        a,r = rng.uniform(.02,.4)*H*W,rng.uniform(.3,3.33)
+        h,w = round((a*r)**.5),round((a/r)**.5)
+        if not (0<h<H and 0<w<W): continue
+        i,j = int(rng.integers(H-h+1)),int(rng.integers(W-w+1))
+        x = x.clone()
+        v = torch.tensor((0.485,0.456,0.406)).view(3,1,1)
+        x[...,i:i+h,j:j+w] = v if x.is_floating_point() else (v*255).round().to(x.dtype)
+        return x
+    return x
+
+@pytest.mark.parametrize('dtype', [u8, f32, torch.float64, torch.float16])
+def test_erase_as_before(dtype):
+    "The defaults cover what they covered in version 0.0.1, bit for bit, and leave the generator in the same state"
+    for i in range(200):
+        x,a,b = as_dtype(picture(sizes[i%5], seed=i), dtype),gen(i),gen(i)
+        assert torch.equal(random_erase(x, a), erased(x, b)) and a.random()==b.random()
 
 @pytest.mark.parametrize('fill,msg', [('grey','expected .*mean.*zero.*random'), ((124,116,104),'colours as fractions')])
 def test_random_erase_refuses(fill, msg):
@@ -270,17 +288,17 @@ def test_occlude_takes_from_the_pictures(tmp_path):
     for f,o in zip(files, flat): Image.fromarray(o.permute(1,2,0).numpy()).save(f)
     x,seen = torch.zeros(3,64,32, dtype=u8),set()
     for i in range(40):
-        y = occlude(x, gen(i), p=1, pictures=flat)
+        y = occlude(x, gen(i), p=1, images=flat)
         seen |= set(y[y>0].tolist())
         assert len(y[y>0].unique())==1 and .09<(y>0)[0].float().mean()<.41
-        for o in ([str(f) for f in files], [Image.open(f) for f in files]): assert torch.equal(occlude(x, gen(i), p=1, pictures=o), y)
+        for o in ([str(f) for f in files], [Image.open(f) for f in files]): assert torch.equal(occlude(x, gen(i), p=1, images=o), y)
     assert seen=={10,90,200}
-    with pytest.raises(ValueError, match='no pictures'): occlude(x, gen(0))
+    with pytest.raises(ValueError, match='no images'): occlude(x, gen(0))
 
 def test_occlude_reads_a_table(data):
     x = picture((64,32))
-    aug = partial(occlude, pictures=Pictures(data.train), p=1)
-    by_path = partial(occlude, pictures=data.train.path.tolist(), p=1)
+    aug = partial(occlude, images=Pictures(data.train), p=1)
+    by_path = partial(occlude, images=data.train.path.tolist(), p=1)
     for i in range(5): assert torch.equal(aug(x, gen(i)), by_path(x, gen(i)))
     assert torch.equal(pickle.loads(pickle.dumps(aug))(x, gen(0)), aug(x, gen(0)))
 
@@ -388,9 +406,9 @@ def test_recipes_are_the_published_ones():
     "Order and settings: reid-strong-baseline, fast-reid's Base-SBS and its NAIC20 project"
     def named(recipe): return [(getattr(f, 'func', f).__name__, getattr(f, 'keywords', {})) for f in recipe]
     assert named(weak_augs)==[('hflip',{}), ('pad_crop',{})]
-    assert named(sbs_augs)==[('autoaugment',dict(p=.1)), ('pad_crop',dict(pad=10/384)), ('hflip',{}), ('random_erase',{})]
+    assert named(sbs_augs)==[('autoaugment',dict(p=.1)), ('pad_crop',dict(pad=10/384)), ('hflip',{}), ('random_erase',tv)]
     assert named(strong_augs)[1:]==[('pad_crop',{}), ('hflip',{}), ('color_jitter',dict(brightness=.15, contrast=.1, saturation=0, hue=0)), ('affine',{}),
-        ('augmix',dict(p=.5)), ('random_erase',dict(fill='zero'))]
+        ('augmix',dict(p=.5)), ('random_erase',{**tv, 'fill':'zero'})]
 
 @pytest.mark.parametrize('n', [1,2])
 def test_strong_with_any_number_of_workers(data, n):

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as tvf
 from fastreid_nb.augment import policies
 from fastreid_nb.augment.core import bagtricks_augs
 from fastreid_nb.augment.loaders import reid_dls
-from fastreid_nb.augment.policies import OpSpace, Range, augmix, augmix_space, autoaugment, fastreid_space, imagenet_policy, on_bytes, ops, rand_augment, rand_space, torchvision_space, trivial_augment, trivial_space, warp
+from fastreid_nb.augment.policies import OpSpace, OpRange, augmix, augmix_space, autoaugment, fastreid_space, imagenet_policy, on_bytes, ops, rand_augment, rand_space, torchvision_space, trivial_augment, trivial_space, warp
 from fastreid_nb.data.toy import toy_reid
 
 sizes = [(64,32),(33,17),(12,40),(5,7),(1,1)]
@@ -326,7 +326,7 @@ def test_augmix_formula(monkeypatch, width, alpha, seed):
 def test_chains_apply_in_turn():
     "A chain starts at the picture and its operations follow each other: brightness doubled `depth` times"
     x = torch.full((3,4,4), 3, dtype=torch.uint8)
-    twice = OpSpace(10, dict(Brightness=Range(2)))
+    twice = OpSpace(10, dict(Brightness=OpRange(2)))
     tops = {d:max(int(augmix(x, rng(i), p=1, depth=d, space=twice)[0,0,0]) for i in range(40)) for d in (0,1,3)}
     assert tops=={0:3, 1:6, 3:24}
 

@@ -16,36 +16,42 @@ from ..data.core import ReIDData
 from ..data.files import atomic_path
 from ..data.own import from_csv, from_folder
 from ..data.readers import market1501
-from ..augment.core import bagtricks_augs, hflip, pad_crop
+from ..augment.core import bagtricks_augs, hflip, pad_crop, random_erase
 from ..augment.geometry import affine, color_jitter, random_shift
 from ..augment.policies import augmix, autoaugment
-from ..augment.occlusion import random_erase
 from ..train import checkpoint, schedules # methods of a learner; chkstyle: ignore
 from ..eval import inference, ranklist # more methods; chkstyle: ignore
 from ..eval.core import ReIDResult
 from ..eval.floors import floor_scores
 
 # %% ../../nbs/15_recipes.ipynb #0d2aa8a8
+_tv_erase = partial(random_erase, area=(.02,.33), aspect=(.3,3.3), log=True) # the ranges of torchvision
+
 weak_augs = [hflip, pad_crop]
-sbs_augs = [partial(autoaugment, p=.1), partial(pad_crop, pad=10/384), hflip, random_erase]
+sbs_augs = [partial(autoaugment, p=.1), partial(pad_crop, pad=10/384), hflip, _tv_erase]
 
 # %% ../../nbs/15_recipes.ipynb #aa16a990
-strong_augs = [partial(random_shift, p=.1), pad_crop, hflip, partial(color_jitter, brightness=.15, contrast=.1, saturation=0, hue=0),
-    affine, partial(augmix, p=.5), partial(random_erase, fill='zero')]
+strong_augs = [partial(random_shift, p=.1), pad_crop, hflip,
+    partial(color_jitter, brightness=.15, contrast=.1, saturation=0, hue=0),
+    affine, partial(augmix, p=.5), partial(_tv_erase, fill='zero')]
 aug_recipes = dict(weak=weak_augs, bagtricks=bagtricks_augs, sbs=sbs_augs, strong=strong_augs)
 
 # %% ../../nbs/15_recipes.ipynb #fa5b4787
 def read_data(
-    path:str|Path, # CSV file, Market-1501 folder, or folder or zip archive of pictures
+    path:str|Path, # CSV file, Market-1501 folder, or folder or zip archive of images
     regex:str='', # For file names, with groups pid and camid; by default one folder per identity
     test_frac:float=.3, # Share of identities for testing when the data has no split, in [0,1]
     seed:int=0, # Of that split
 )->ReIDData: # Its `notes` say what was decided
-    "Read pictures by whichever reader fits `path`"
+    "Read images by whichever reader fits `path`"
     path = Path(path)
     if path.is_file() and path.suffix.lower()!='.zip': return from_csv(path, test_frac=test_frac, seed=seed)
-    if not path.exists(): raise FileNotFoundError(f'{path} not found: expected a CSV file, a Market-1501 folder, or a folder or zip archive with one folder per identity')
-    if any((path/o/d).is_dir() for o in ('','Market-1501-v15.09.15') for d in ('bounding_box_train','bounding_box_test')): return market1501(path)
+    if not path.exists():
+        known = 'a CSV file, a Market-1501 folder, or a folder or zip archive with one folder per identity'
+        raise FileNotFoundError(f'{path} not found: expected {known}')
+    roots = path,path/'Market-1501-v15.09.15'
+    parts = 'bounding_box_train','bounding_box_test'
+    if any((o/d).is_dir() for o in roots for d in parts): return market1501(path)
     return from_folder(path, regex=regex or None, test_frac=test_frac, seed=seed)
 
 # %% ../../nbs/15_recipes.ipynb #70d6fd6f
@@ -61,10 +67,11 @@ def _writable(out):
 def _hw(size):
     "(height, width) from text such as '256x128'"
     try: h,w = map(int, str(size).lower().split('x'))
-    except ValueError: raise ValueError(f'size {size!r}: expected height x width in pixels, such as 256x128') from None
+    except ValueError:
+        raise ValueError(f'size {size!r}: expected height x width in pixels, such as 256x128') from None
     return h,w
 
-# %% ../../nbs/15_recipes.ipynb #3d6e4ca2
+# %% ../../nbs/15_recipes.ipynb #aa08f37a
 def _percent(rows):
     "Scores in [0,1] as a table in percent"
     return (100*pd.DataFrame(rows).T[['mAP','mINP','rank-1']].astype(float)).round(1).to_string()
@@ -74,6 +81,13 @@ def _leave(res, out):
     plt.close(res.show_ranks(save=out/'ranked_list.png'))
     _say('', res, '', f'ranked lists  {out/"ranked_list.png"}')
 
+def _keep(learn, out):
+    "Save what was learnt so far, if anything"
+    if not getattr(learn.recorder, 'losses', []): return
+    learn.save_reid(out/'model_interrupted.pt')
+    _say('', f'stopped early; what was learnt so far is in {out/"model_interrupted.pt"}')
+
+# %% ../../nbs/15_recipes.ipynb #3d6e4ca2
 def train_and_report(
     learn:Learner, # From `reid_learner`
     out:str|Path, # Folder for model.pt and ranked_list.png
@@ -90,13 +104,12 @@ def train_and_report(
     _say('Before training, in percent:', _percent(rows), '')
     try: learn.fit_warmup_cos(epochs, lr, **kwargs)
     except BaseException:
-        if getattr(learn.recorder, 'losses', []):
-            learn.save_reid(out/'model_interrupted.pt')
-            _say('', f'stopped early; what was learnt so far is in {out/"model_interrupted.pt"}')
+        _keep(learn, out)
         raise
     learn.save_reid(out/'model.pt')
     res = learn.reid_result
-    _say('', 'Identities never seen in training, in percent:', _percent({**rows, 'trained network':res.to_dict()}))
+    rows['trained network'] = res.to_dict()
+    _say('', 'Identities never seen in training, in percent:', _percent(rows))
     _leave(res, out)
     _say(f'checkpoint    {out/"model.pt"}')
     return res
