@@ -37,6 +37,7 @@ from .heads.transreid import *
 from .heads.haa import *
 from .heads.ensemble import *
 from .heads.summary import *
+from .heads.speed import *
 from .losses.core import *
 from .train.core import *
 from .train.schedules import *

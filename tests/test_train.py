@@ -14,7 +14,8 @@ from fastreid_nb.heads.model import reid_model
 from fastreid_nb.pooling.core import AvgPool
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.schedules import FreezeBackbone, warmup_flat_cos
-from fastreid_nb.train.core import best_dtype, reid_learner
+from fastreid_nb.heads.speed import best_dtype
+from fastreid_nb.train.core import reid_learner
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 
 class TinyNet(nn.Sequential):

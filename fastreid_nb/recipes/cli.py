@@ -18,7 +18,8 @@ from ..data import doctor # the method `ReIDData.doctor`; chkstyle: ignore
 from ..data.toy import toy_reid
 from ..augment.loaders import reid_dls
 from ..backbone import resnet as backbones # by their names; chkstyle: ignore
-from ..train.core import best_dtype, reid_learner
+from ..heads.speed import best_dtype
+from ..train.core import reid_learner
 from ..train.checkpoint import load_reid
 from ..eval.inference import evaluate_data
 from .core import _hw, _leave, _say, _writable, read_data, train_and_report
