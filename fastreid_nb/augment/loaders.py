@@ -96,7 +96,9 @@ def _ahead(self:ReIDLoader, todo, n):
         if last: yield self._fill(*last)
 
 @patch
-def create_batches(self:ReIDLoader, samples):
+def create_batches(self:ReIDLoader,
+    samples, # Positions in the epoch
+):
     "Batches of one process: one after the other in a worker, otherwise ahead of time"
     if self.after_item.fs or self.before_batch.fs: return TfmdDL.create_batches(self, samples)
     todo = ((s, self._rows(np.array(s))) for s in chunked(samples, self.bs, self.drop_last))
