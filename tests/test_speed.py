@@ -24,14 +24,12 @@ def test_equals_and_clear_wins():
     assert quickest(dict(a=[1.,9.], b=[.95,.96]))=='a'
     assert quickest(dict(a=[1.], b=[.5], c=[.48]))=='b'
 
-def test_threads_are_part_of_the_question(capsys):
+def test_threads_stay():
+    "One thread is timed, and all of them are back afterwards"
     n = torch.get_num_threads()
     speed._fastest.cache_clear()
-    try:
-        torch.set_num_threads(1)
-        fastest('cpu')
-        assert '1 threads' in capsys.readouterr().out
-    finally: torch.set_num_threads(n)
+    fastest('cpu')
+    assert torch.get_num_threads()==n
 
 def test_not_at_import():
     code = 'from fastreid_nb.all import *; from fastreid_nb.heads import speed; assert speed._fastest.cache_info().currsize==0'
