@@ -265,7 +265,7 @@ def test_killed_process(monkeypatch):
 def test_unreadable(tmp_path, healthy):
     (tmp_path/'0_0_0.jpg').write_bytes(b'')
     bad = unreadable([*healthy.path, *healthy.path[:3], tmp_path/'none.jpg'], progress=False)
-    assert [*bad]==[str(tmp_path/'0_0_0.jpg'), str(tmp_path/'none.jpg')] and 'no picture' in bad[str(tmp_path/'none.jpg')]
+    assert [*bad]==[str(tmp_path/'0_0_0.jpg'), str(tmp_path/'none.jpg')] and 'no image' in bad[str(tmp_path/'none.jpg')]
     assert unreadable([], progress=False)=={}
 
 @pytest.mark.parametrize('change', [lambda im: im.resize((90,180)), lambda im: im.point(lambda o: o*.7), lambda im: im.resize((30,60)),
