@@ -74,7 +74,7 @@ def test_drop_tail(n):
     c = d.train.pid.value_counts()
     s = d.drop_tail(n)
     assert set(s.train.pid)==set(c[c>=n].index) and len(s.train)==c[c>=n].sum() and same(replace(s, train=d.train), d)
-    with pytest.raises(ValueError, match='no identity has 999 pictures'): d.drop_tail(999)
+    with pytest.raises(ValueError, match='no identity has 999 images'): d.drop_tail(999)
 
 @pytest.mark.parametrize('seed', range(5))
 def test_resample(seed):

@@ -59,7 +59,8 @@ saivt = _train_only('saivt', 'SAIVT-SoftBio', 2012, 'SAIVT-SoftBio', 'cropped_im
 sysu_mm01 = _train_only('sysu_mm01', 'SYSU-MM01', 2017, 'SYSU-MM01', '.', r'cam(?P<camid>[1245])/(?P<pid>\d+)/[^/]*',
     'cam1/0001/0001.jpg', (491,None,4), cam0=1, status='To train on: the four cameras for visible light.',
     link=cvf+'iccv_2017/html/Wu_RGB-Infrared_Cross-Modality_Person_ICCV_2017_paper.html')
-thermalworld = _train_only('thermalworld', 'ThermalWorld', 2018, 'thermalworld_rgb', '.', _p, '1/0001.jpg', (409,8103,1))
+thermalworld = _train_only('thermalworld', 'ThermalWorld', 2018, 'thermalworld_rgb', '.', _p, '1/0001.jpg',
+    (409,8103,1))
 pes3d = _train_only('pes3d', '3DPeS', 2011, '3DPeS', '.', _p, '1/1_3_FRAME_25_RGB.bmp', (192,1011,1),
     status='To train on; its 8 cameras are not read.')
 caviar4reid = _train_only('caviar4reid', 'CAVIAR4REID', 2011, 'CAVIARa|CAVIAR4REID', '.', r'(?P<pid>\d{4})[^/]*',
@@ -183,7 +184,8 @@ def cub200(
 
 # %% ../../nbs/00j_data.catalogue.ipynb #5bfa2352
 _cars = Benchmark('cars196', 'Cars-196', 2013, 'CARS196|Cars_196|cars196|stanford_cars',
-    dict(all=FileSource('cars_annos.mat|devkit/cars_train_annos.mat', r'(?P<path>\S+) (?P<pid>\d+)', 'car_ims/000001.jpg 1')),
+    dict(all=FileSource('cars_annos.mat|devkit/cars_train_annos.mat', r'(?P<path>\S+) (?P<pid>\d+)',
+        'car_ims/000001.jpg 1')),
     dict(train=(98,8054,1), query=(98,8131,1)), 'retrieval', 'leave_one_out', seen='open-metric-learning',
     status='Classes 1 to 98 are for training.')
 _cars_one = {'cars_annos.mat':''} # .mat file → folder that its paths start from, in the original archive
@@ -301,9 +303,9 @@ def _overview(b, call):
     return dict(reader=call, title=b.title, kind=b.kind, year=b.year, protocol=b.protocol, **cols,
         folder=b.folders, status=b.status, link=b.link)
 
-_readers = [dukemtmc, occluded_duke, msmt17, partial_reid, partial_ilids, occluded_reid, p_dukemtmc, black_reid, cuhk_sysu,
-    ilids_vid, pku_reid, prai1581, prid2011, qmul_grid, saivt, sysu_mm01, thermalworld, pes3d, caviar4reid, lpw, shinpuhkan,
-    wildtrack, airport_alert, sensereid, viper, veri776, sop, inshop]
+_readers = [dukemtmc, occluded_duke, msmt17, partial_reid, partial_ilids, occluded_reid, p_dukemtmc, black_reid,
+    cuhk_sysu, ilids_vid, pku_reid, prai1581, prid2011, qmul_grid, saivt, sysu_mm01, thermalworld, pes3d, caviar4reid,
+    lpw, shinpuhkan, wildtrack, airport_alert, sensereid, viper, veri776, sop, inshop]
 _calls = {f'{b.name}(path)':b for b in (market_row, _cub, _cars, *(f.row for f in _readers))}
 _calls |= {f'vehicleid(path, {k!r})':b for k,b in _vehicleid.items()}
 _calls |= {f'veriwild(path, {k!r})':b for k,b in _veriwild.items()}

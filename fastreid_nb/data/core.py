@@ -119,7 +119,7 @@ class ReIDData:
     train:pd.DataFrame # Split to learn from; pid ≥ 0
     query:pd.DataFrame # Split of the images to look for
     gallery:pd.DataFrame # Split to search in; pid -1 marks a distractor
-    protocol:str|Protocol=None # A name in `protocols`, or your own; by default that of `choose_protocol`. Kept as a `Protocol`
+    protocol:str|Protocol=None # A name in `protocols`, or your own; by default what `choose_protocol` says
     notes:list = field(default_factory=list) # What was decided for you while reading
 
     def __post_init__(self):
@@ -134,7 +134,8 @@ class ReIDData:
 def _counts(df):
     "Numbers of a split; distractors are no identity"
     known = df.pid>=0
-    return dict(identities=df.pid[known].nunique(), images=len(df), cameras=df.camid.nunique(), distractors=int((~known).sum()))
+    return dict(identities=df.pid[known].nunique(), images=len(df), cameras=df.camid.nunique(),
+        distractors=int((~known).sum()))
 
 @patch
 def summary(self:ReIDData)->pd.DataFrame: # One row per split: identities, images, cameras, distractors

@@ -133,7 +133,8 @@ def _from_file(x, name):
 def _to_uint8(x, name):
     "Array `x` as uint8, floats taken as [0,1]"
     if x.dtype==np.uint8: return x
-    if not np.issubdtype(x.dtype, np.floating): raise ValueError(f'image {name} of {x.dtype}: expected uint8, or float in [0,1]')
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f'image {name} of {x.dtype}: expected uint8, or float in [0,1]')
     if not (x.min()>=0 and x.max()<=1):
         way_out = 'undo scaling or normalisation first, the model does its own'
         raise ValueError(f'image {name} with values from {x.min():.3g} to {x.max():.3g}: expected [0,1]; {way_out}')
@@ -148,7 +149,8 @@ def _from_array(x, name):
 
 def _from_tensor(x, name):
     "A (3,H,W) or (1,H,W) tensor as (3,H,W) uint8 on the CPU; the same memory if it is that already"
-    if x.ndim!=3 or x.shape[0] not in (1,3): raise ValueError(f'image {name} of shape {tuple(x.shape)}: expected (3,H,W)')
+    if x.ndim!=3 or x.shape[0] not in (1,3):
+        raise ValueError(f'image {name} of shape {tuple(x.shape)}: expected (3,H,W)')
     if x.dtype==torch.uint8: return x.cpu().expand(3,-1,-1)
     return _from_array(x.detach().cpu().permute(1,2,0).numpy(), name)
 

@@ -65,12 +65,14 @@ _parts = dict(train='train', query='query', gallery='gallery', test='test', val=
 def _told(split):
     "What the column `split` says, as 'train', 'test', 'query' or 'gallery'"
     if split.isna().any(): raise ValueError(f'split is missing {_row_of(split.isna())}')
-    if bad := sorted(set(map(str, split)) - set(_parts)): raise ValueError(f'split {bad}: expected some of {list(_parts)}')
+    if bad := sorted(set(map(str, split)) - set(_parts)):
+        raise ValueError(f'split {bad}: expected some of {list(_parts)}')
     part = split.map(_parts)
     there = set(part)
     if 'test' not in there and len(lone := there & {'query','gallery'})==1:
         gone = ({'query','gallery'}-lone).pop()
-        raise ValueError(f'split has {sorted(there)}: {gone} is missing; write test for both and they are told apart here')
+        way_out = 'write test for both and they are told apart here'
+        raise ValueError(f'split has {sorted(there)}: {gone} is missing; {way_out}')
     return part
 
 def _assign(df, test_frac, seed, notes):
@@ -166,7 +168,8 @@ def _folder_table(path, regex):
     "Table of the images below `path`, with pid, what else the names say, and the split if the top folders tell it"
     names = _images(path)
     tops = {o.split('/')[0] for o in names}
-    if len(tops & set(market_dirs.values()))>1: raise ValueError(f'{path} is laid out like Market-1501: read it with market1501')
+    if len(tops & set(market_dirs.values()))>1:
+        raise ValueError(f'{path} is laid out like Market-1501: read it with market1501')
     has_splits = len(tops)>1 and tops<=set(_parts)
     inner = [o.split('/', 1)[1] for o in names] if has_splits else names
     if regex or not all('/' in o for o in inner): df = _read_names(inner, regex or f'{market_names}$', path)
@@ -177,7 +180,7 @@ def _folder_table(path, regex):
 @delegates(from_df, but=['cols','root'])
 def from_folder(
     path:str|Path, # Folder or zip archive of images
-    regex:str=None, # Searched in each path; group `pid`, optional `camid`, `trackid`. By default one folder per identity
+    regex:str=None, # Searched in each path; groups `pid`, `camid`, `trackid`. By default one folder per identity
     name:str=None, # Name of the data set; by default the folder's
     **kwargs
 )->ReIDData: # Its `notes` say what was decided for you

@@ -28,8 +28,10 @@ class Preproc:
 
     def __post_init__(self):
         for k in ('size','mean','std'): object.__setattr__(self, k, tuple(getattr(self, k)))
-        if len(self.size)!=2 or min(self.size)<1: raise ValueError(f'size {self.size}: expected (height, width) in pixels')
-        if self.resample not in _filters: raise ValueError(f'resample {self.resample!r}: expected one of {list(_filters)}')
+        if len(self.size)!=2 or min(self.size)<1:
+            raise ValueError(f'size {self.size}: expected (height, width) in pixels')
+        if self.resample not in _filters:
+            raise ValueError(f'resample {self.resample!r}: expected one of {list(_filters)}')
 
     def to_dict(self)->dict: # Lists and plain values only
         "What a checkpoint keeps"

@@ -31,7 +31,7 @@ class FileSource:
 
     def read(self,
         text:str, # Path or line
-    )->dict|None: # pid, camid and path as text, joined with pid2 and camid2 if there are such groups; None for other text
+    )->dict|None: # pid, camid and path as text, joined with groups pid2 and camid2 if there are; None for other text
         "What `text` says"
         if not (m := re.fullmatch(self.regex, text)): return None
         said = dict(path=text, camid=str(self.cam)) | m.groupdict()
@@ -46,7 +46,8 @@ def first_there(root, where):
 def must_exist(folder, names, what):
     "Raise if an image of a list is not on disk"
     gone = sorted(set(names) - set(list_images(folder)))
-    if gone: raise FileNotFoundError(f'{len(gone)} of {len(names)} images of {what} are not in {folder}, first {gone[0]}')
+    if not gone: return
+    raise FileNotFoundError(f'{len(gone)} of {len(names)} images of {what} are not in {folder}, first {gone[0]}')
 
 def _left_out(paths, s, why): return [f'{len(paths)} images in {s.where} {why}, first {paths[0]}'] if paths else []
 
@@ -76,7 +77,7 @@ class Benchmark:
     year:int # Of publication
     folders:str # Names its folder goes by, as a|b
     parts:dict # Split → a `FileSource`, or a tuple of them
-    counts:dict # Split → (identities, images, cameras), None where unknown; or a list of such tuples, all of them right
+    counts:dict # Split → (identities, images, cameras), None where unknown; or a list of such tuples, all right
     kind:str='person' # 'person', 'vehicle' or 'retrieval'
     protocol:str='market' # A name in `protocols`
     cam0:int=None # Number of the first camera, if names number them
@@ -223,8 +224,8 @@ def market1501(
 def _reader(*args, **kwargs): return benchmark_reader(Benchmark(*args, **kwargs))
 
 dukemtmc = _reader('dukemtmc', 'DukeMTMC-reID', 2017, 'DukeMTMC-reID', market_like('0005_c2_f0046985.jpg'),
-    dict(train=(702,16522,8), query=(702,2228,8), gallery=(1110,17661,8)), cam0=1, link='https://arxiv.org/abs/1701.07717',
-    status='Withdrawn by its authors in 2019.')
+    dict(train=(702,16522,8), query=(702,2228,8), gallery=(1110,17661,8)), cam0=1,
+    link='https://arxiv.org/abs/1701.07717', status='Withdrawn by its authors in 2019.')
 occluded_duke = _reader('occluded_duke', 'Occluded-Duke', 2019, 'Occluded_Duke|Occluded-DukeMTMC', dukemtmc.row.parts,
     dict(train=(702,15618,8), query=(519,2210,8), gallery=(1110,17661,8)), cam0=1, seen="the set's readme",
     link='https://github.com/lightas/Occluded-DukeMTMC-Dataset',
