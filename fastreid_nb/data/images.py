@@ -125,9 +125,11 @@ def decode_jpeg(
 
 def _from_file(x, name):
     "The content of a file, or the file at a path, as (3,h,w) uint8"
-    with _naming(name): raw = x if isinstance(x, bytes) else read_bytes(x)
-    px = decode_jpeg(raw)
-    return from_pil(open_image(raw, name)) if px is None else px
+    if isinstance(x, (str,Path)):
+        try: x = read_bytes(x)
+        except Exception: return from_pil(open_image(x, name))   # fails in the same way, and names the image
+    px = decode_jpeg(x)
+    return from_pil(open_image(x, name)) if px is None else px
 
 # %% ../../nbs/00b_data.images.ipynb #2a57b92f
 def _to_uint8(x, name):
