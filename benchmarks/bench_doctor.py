@@ -76,10 +76,10 @@ def run(data):
         rate = n_pictures/(time.perf_counter()-t)
     base = st.mean([before, naive(sample[1::2])])
     found = {f.what:f.rows for f in report.findings}
-    twins = found['pictures like one of another identity']
+    twins = found['images like one of another identity']
     paths,root = set(twins.path),Path(data.train.path[0]).parent
     right = sum(str(root/f'{i}.jpg') in paths and str(root/f'{n_pictures-1-i}.jpg') in paths for i in range(n_planted))
-    n_bad = len(found['unreadable pictures'])
+    n_bad = len(found['unreadable images'])
     print(f'{rate:.0f} pictures/s, full decode {base:.0f}/s, memory +{peak[0]:.0f} MB; {right} of {n_planted} planted pairs, {n_bad} of {n_broken} broken files found; '
           f'{len(twins)} pictures like one of another identity')
     return rate/base,peak[0],right>=.95*n_planted and n_bad==n_broken

@@ -9,6 +9,7 @@ from .data.copies import *
 from .data.doctor import *
 from .data.subsets import *
 from .data.preproc import *
+from .data.catalogue import *
 from .augment.core import *
 from .augment.geometry import *
 from .augment.policies import *

@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 
 from fastreid_nb.augment.core import as_dtype, bagtricks_augs, fills, paste, random_erase, random_rect, show_draws
 from fastreid_nb.augment.loaders import reid_dls
-from fastreid_nb.data.images import Pictures
+from fastreid_nb.data.images import TableImages
 from fastreid_nb.augment.geometry import affine, color_jitter, grey_patch, random_resized_crop, random_shift, shift_hue
 from fastreid_nb.augment.occlusion import RandomPatch, cutout, occlude
 from fastreid_nb.recipes.core import aug_recipes, sbs_augs, strong_augs, weak_augs
@@ -297,7 +297,7 @@ def test_occlude_takes_from_the_pictures(tmp_path):
 
 def test_occlude_reads_a_table(data):
     x = picture((64,32))
-    aug = partial(occlude, images=Pictures(data.train), p=1)
+    aug = partial(occlude, images=TableImages(data.train), p=1)
     by_path = partial(occlude, images=data.train.path.tolist(), p=1)
     for i in range(5): assert torch.equal(aug(x, gen(i)), by_path(x, gen(i)))
     assert torch.equal(pickle.loads(pickle.dumps(aug))(x, gen(0)), aug(x, gen(0)))

@@ -2,7 +2,7 @@
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest
 from fastreid_nb.data.own import from_df
-from fastreid_nb.data.core import matchable, picture_keys
+from fastreid_nb.data.core import image_keys, matchable
 import fastreid_nb.data.subsets   # adds the methods; chkstyle: ignore
 
 def table(rng, n_ids, n_cams, n):
@@ -29,7 +29,7 @@ def test_add_extra_columns():
     b = replace(b, train=b.train.assign(camid=-1, x=0, y=0, w=5, h=5))
     j = (a+b).train
     assert j.trackid.is_unique and (j.camid[j.dsetid=='b']==-1).all()
-    assert picture_keys(j).is_unique is not None and j.x.isna().sum()==len(a.train)
+    assert image_keys(j).is_unique is not None and j.x.isna().sum()==len(a.train)
 
 def test_add_same_name():
     with pytest.raises(ValueError, match=r"both sets hold \['x'\] in dsetid"): made(0) + made(1)
@@ -74,7 +74,7 @@ def test_drop_tail(n):
     c = d.train.pid.value_counts()
     s = d.drop_tail(n)
     assert set(s.train.pid)==set(c[c>=n].index) and len(s.train)==c[c>=n].sum() and same(replace(s, train=d.train), d)
-    with pytest.raises(ValueError, match='no identity has 999 pictures'): d.drop_tail(999)
+    with pytest.raises(ValueError, match='no identity has 999 images'): d.drop_tail(999)
 
 @pytest.mark.parametrize('seed', range(5))
 def test_resample(seed):

@@ -4,12 +4,14 @@ from PIL import Image
 from fastreid_nb.data.core import Protocol, ReIDData, as_protocol, matchable
 from fastreid_nb.data.own import from_csv, from_df, from_folder
 from fastreid_nb.data.readers import market1501
-from fastreid_nb.data.core import pick_ids, picture_keys, protocols, split_query_gallery
-from fastreid_nb.data.images import Pictures, open_image, read_bytes, to_rgb
+from fastreid_nb.data.core import choose_protocol, image_keys, pick_ids, protocols, split_query_gallery
+from fastreid_nb.data.images import TableImages, list_images, open_image, read_bytes, read_image, to_rgb
 
 def pic(path, seed=0, mode='RGB', size=(16,32), **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1],size[0],3), dtype=np.uint8)).convert(mode).save(path, **kwargs)
+
+def hwc(px): return px.permute(1,2,0).numpy()
 
 def table(rng, n_ids, n_cams, n):
     return pd.DataFrame(dict(path=[f'{i}.jpg' for i in range(n)], pid=rng.integers(n_ids, size=n), camid=rng.integers(n_cams, size=n), dsetid='x'))
@@ -109,6 +111,62 @@ def test_modes(tmp_path, mode, ext):
     out = open_image(f)
     assert out.mode=='RGB' and out.size==(64,32)
     assert abs(np.asarray(out).mean()-127)<8 if mode!='1' else True
+
+def test_every_form_is_the_same_image(tmp_path):
+    "One door: path, text, archive, bytes, PIL image, arrays and tensors give equal bytes; none of them is changed or shared"
+    import torch, zipfile
+    im = np.random.default_rng(0).integers(0, 256, (9,6,3), dtype=np.uint8)
+    f = tmp_path/'a.png'
+    Image.fromarray(im).save(f)
+    with zipfile.ZipFile(tmp_path/'z.zip', 'w') as z: z.write(f, 'in/a.png')
+    chw = torch.from_numpy(im.copy()).permute(2,0,1)
+    forms = [f, str(f), f'{tmp_path}/z.zip/in/a.png', f.read_bytes(), Image.fromarray(im), im, im[:,::-1][:,::-1], im/255, (im/255).astype(np.float32),
+        chw, chw.contiguous(), chw/255, chw.double()/255]
+    for o in forms:
+        px = read_image(o)
+        assert px.dtype==torch.uint8 and px.shape==(3,9,6) and np.array_equal(hwc(px), im)
+        assert np.array_equal(hwc(read_image(o, (1,-2,4,5))), im[:5,1:4])
+    px = read_image(im)
+    px[:] = 0
+    assert im.any()
+
+def test_grey_forms_are_the_same_image(tmp_path):
+    "One channel becomes three, in every form"
+    import torch
+    im = np.random.default_rng(0).integers(0, 256, (9,6), dtype=np.uint8)
+    Image.fromarray(im).save(tmp_path/'a.png')
+    for o in (tmp_path/'a.png', Image.fromarray(im), im, im[...,None], im/255, torch.from_numpy(im)[None], torch.from_numpy(im/255)[None]):
+        assert np.array_equal(hwc(read_image(o)), np.stack([im]*3, -1))
+
+@pytest.mark.parametrize('bad', [7, None, [1,2], np.zeros((2,2,4), np.uint8), np.zeros((4,), np.uint8), np.zeros((4,4), np.int64), np.full((2,2), 1.5)])
+def test_other_forms_are_refused(bad):
+    with pytest.raises(ValueError, match='expected'): read_image(bad)
+
+def test_errors_bear_the_name(tmp_path):
+    "The name that the caller gives, or the path"
+    for kw,said in (({}, 'row.jpg'), (dict(name='row 3'), 'row 3')):
+        with pytest.raises(FileNotFoundError, match=f'no image .*{said}'): read_image(tmp_path/'row.jpg', **kw)
+        (tmp_path/'bad.row.jpg').write_text('nonsense')
+        with pytest.raises(ValueError, match=f'cannot read the image .*{said}'): read_image(tmp_path/'bad.row.jpg', **kw)
+    with pytest.raises(ValueError, match='image row 3 with values from'): read_image(np.full((2,2), 9.), name='row 3')
+    with pytest.raises(ValueError, match='lies outside the image row 3 of 2×2'): read_image(np.zeros((2,2)), (2,0,3,1), name='row 3')
+
+def test_one_list_of_images(tmp_path):
+    "Sorted, without what is hidden, the same from a folder and from an archive of it"
+    import shutil
+    for o in ('b/1.JPG', 'a b/2.png', '._1.jpg', '.hidden/3.jpg', 'c/__MACOSX/1.jpg', 'c/notes.txt'): pic(tmp_path/'set'/o) if not o.endswith('txt') else (tmp_path/'set'/o).touch()
+    shutil.make_archive(tmp_path/'set', 'zip', tmp_path/'set')
+    assert list_images(tmp_path/'set')==list_images(tmp_path/'set.zip')==['a b/2.png','b/1.JPG']
+
+def test_choose_protocol():
+    "By the tables alone; strangers and unknown cameras count for nothing"
+    df = pd.DataFrame(dict(path=list('abcd'), pid=[1,1,2,2], camid=[0,1,0,1]))
+    assert choose_protocol(df, df)=='market'
+    one = df.assign(camid=0)
+    assert choose_protocol(one, one)=='leave_one_out' and choose_protocol(one[:2], one)=='no_camera'
+    assert choose_protocol(one.assign(trackid=0), one.assign(trackid=1))=='tracklet'
+    assert choose_protocol(one[:2], pd.concat([one, one.assign(pid=-1, camid=7)]))=='no_camera'
+    assert choose_protocol(df.assign(camid=-1), df)=='leave_one_out'
 
 def test_transparency_is_black():
     im = Image.new('RGBA', (4,4), (255,255,255,0))
@@ -215,23 +273,23 @@ def test_pictures_in_memory_and_boxes(tmp_path):
     im = np.random.default_rng(0).integers(0, 255, (40,30,3), dtype=np.uint8)
     Image.fromarray(im).save(tmp_path/'f.png')
     df = pd.DataFrame(dict(image=[im, Image.fromarray(im), (tmp_path/'f.png').read_bytes(), None], path=['a','b','c',str(tmp_path/'f.png')]))
-    ps = Pictures(df)
-    assert all(np.array_equal(np.asarray(ps[i]), im) for i in range(4)) and len(ps)==4
-    boxed = Pictures(df.assign(x=2, y=[3,3,3,-4], w=10, h=[5,5,100,9]))
-    assert [boxed[i].size for i in range(4)]==[(10,5),(10,5),(10,37),(10,5)]
-    assert np.array_equal(np.asarray(boxed[1]), im[3:8,2:12])
-    assert picture_keys(df.assign(path='same', x=[1,1,2,2], y=0, w=1, h=1)).nunique()==2
+    ps = TableImages(df)
+    assert all(np.array_equal(hwc(ps[i]), im) for i in range(4)) and len(ps)==4
+    boxed = TableImages(df.assign(x=2, y=[3,3,3,-4], w=10, h=[5,5,100,9]))
+    assert [tuple(boxed[i].shape) for i in range(4)]==[(3,5,10),(3,5,10),(3,37,10),(3,5,10)]
+    assert np.array_equal(hwc(boxed[1]), im[3:8,2:12])
+    assert image_keys(df.assign(path='same', x=[1,1,2,2], y=0, w=1, h=1)).nunique()==2
     data = from_df(df[['image']].assign(pid=[0,0,1,1]), test_frac=.5)
-    assert Pictures(data.train)[0].size==(30,40)
+    assert TableImages(data.train)[0].shape==(3,40,30)
 
 @pytest.mark.parametrize('box', [dict(w=0), dict(w=-3), dict(x=None), dict(h='tall'), dict(y=float('inf'))])
 def test_bad_boxes(box):
     df = pd.DataFrame(dict(path=['a','b'], x=1, y=1, w=5, h=5)).astype(object)
     for k,v in box.items(): df.loc[1,k] = v
-    with pytest.raises(ValueError, match='1 boxes are no boxes, first in row 1'): Pictures(df)
+    with pytest.raises(ValueError, match='1 boxes are no boxes, first in row 1'): TableImages(df)
 
 def test_bad_picture_names_the_row_in_memory():
-    with pytest.raises(ValueError, match='cannot read the picture row 7'): Pictures(pd.DataFrame(dict(path=['row 7'], image=[b'nonsense'])))[0]
+    with pytest.raises(ValueError, match='cannot read the image row 7'): TableImages(pd.DataFrame(dict(path=['row 7'], image=[b'nonsense'])))[0]
 
 def test_market_counts_are_compared(tmp_path):
     "Under the benchmark's own name a difference is a warning with both numbers; under another name nothing is compared"
@@ -285,7 +343,7 @@ def test_image_column_of_names_or_pictures(tmp_path):
     "A column `image` with file names is `path`; pictures in memory get names of their own whatever the index"
     for i in range(4): pic(tmp_path/f'{i}.png', i)
     (tmp_path/'a.csv').write_text('image,pid\n' + ''.join(f'{i}.png,{i//2}\n' for i in range(4)))
-    assert Pictures(from_csv(tmp_path/'a.csv', test_frac=0.).train)[3].size==(16,32)
+    assert TableImages(from_csv(tmp_path/'a.csv', test_frac=0.).train)[3].shape==(3,32,16)
     df = pd.DataFrame(dict(image=[np.zeros((4,4), np.uint8)]*2, pid=[0,1]))
     assert from_df(pd.concat([df,df]), test_frac=0.).train.path.is_unique
 
@@ -300,9 +358,9 @@ def test_archives_rewritten_broken_and_nested(tmp_path):
     assert len(from_folder(tmp_path/'s.zip', test_frac=0.).train)==2
     write(tmp_path/'s.zip', 3)
     train = from_folder(tmp_path/'s.zip', test_frac=0.).train
-    assert len(train)==3 and Pictures(train)[2].size==(16,32)
+    assert len(train)==3 and TableImages(train)[2].shape==(3,32,16)
     write(tmp_path/'f.zip'/'s.zip', 1)
-    assert Pictures(from_folder(tmp_path/'f.zip'/'s.zip', test_frac=0.).train)[0].size==(16,32)
+    assert TableImages(from_folder(tmp_path/'f.zip'/'s.zip', test_frac=0.).train)[0].shape==(3,32,16)
     (tmp_path/'half.zip').write_bytes((tmp_path/'s.zip').read_bytes()[:50])
     for f in ('half.zip','0.png'):
         with pytest.raises(ValueError, match='is no zip archive, or a broken one'): from_folder(tmp_path/f)

@@ -10,8 +10,8 @@ from fastreid_nb.data import copies as room
 from fastreid_nb.data.core import ReIDData
 from fastreid_nb.data.own import from_df, from_folder
 from fastreid_nb.data.images import open_image
-from fastreid_nb.data.copies import hamming, near_other, near_pairs, perceptual_hash, scan_pictures, unreadable
-from fastreid_nb.data.doctor import Finding, Report, severities
+from fastreid_nb.data.copies import hamming, near_other, near_pairs, perceptual_hash, scan_images, unreadable
+from fastreid_nb.data.doctor import DoctorReport, Finding, severities
 
 def drawing(seed, size=(48,96)):
     "A picture of its own: coloured blobs, smooth enough to survive compression"
@@ -46,53 +46,53 @@ def hashes_in(scan): return scan[['hash_a','hash_b']].to_numpy()
 
 def test_healthy(healthy):
     report = examine(healthy)
-    assert report.ok and report.findings==[] and '32 pictures, 0 errors, 0 warnings, 0 notes' in repr(report)
+    assert report.ok and report.findings==[] and '32 images, 0 errors, 0 warnings, 0 notes' in repr(report)
 
 def truncated(d, df):
     f = d/'0_0_0.jpg'
     f.write_bytes(f.read_bytes()[:-200])
-    return df,['unreadable pictures'],1
+    return df,['unreadable images'],1
 
 def missing(d, df):
     (d/'0_0_0.jpg').unlink()
-    return df,['unreadable pictures'],1
+    return df,['unreadable images'],1
 
 def empty(d, df):
     (d/'5_1_0.jpg').write_bytes(b'')
-    return df,['unreadable pictures'],1
+    return df,['unreadable images'],1
 
 def text(d, df):
     (d/'5_1_0.jpg').write_text('no picture')
-    return df,['unreadable pictures'],1
+    return df,['unreadable images'],1
 
 def copy_other_identity(d, df):
     (d/'x.jpg').write_bytes((d/'0_0_0.jpg').read_bytes())
-    return pd.concat([df, row(d/'x.jpg', 1, 0, 'train')]),['pictures filed under two identities'],2
+    return pd.concat([df, row(d/'x.jpg', 1, 0, 'train')]),['images filed under two identities'],2
 
-def same_file_other_identity(d, df): return pd.concat([df, row(d/'5_1_1.jpg', -1, 1, 'gallery')]),['pictures filed under two identities','files listed twice in one split'],1
+def same_file_other_identity(d, df): return pd.concat([df, row(d/'5_1_1.jpg', -1, 1, 'gallery')]),['images filed under two identities','files listed twice in one split'],1
 
 def recompressed_other_identity(d, df):
     save(d/'x.jpg', Image.open(d/'0_0_0.jpg'), quality=50)
-    return pd.concat([df, row(d/'x.jpg', 1, 0, 'train')]),['pictures like one of another identity'],2
+    return pd.concat([df, row(d/'x.jpg', 1, 0, 'train')]),['images like one of another identity'],2
 
 def resized_in_test(d, df):
     save(d/'x.png', Image.open(d/'0_0_0.jpg').resize((60,120)))
-    return pd.concat([df, row(d/'x.png', 5, 1, 'gallery')]),['pictures like one of another identity','test pictures like one in train'],2
+    return pd.concat([df, row(d/'x.png', 5, 1, 'gallery')]),['images like one of another identity','test images like one in train'],2
 
 def distractor_copy_in_test(d, df):
     (d/'x.jpg').write_bytes((d/'0_0_0.jpg').read_bytes())
-    return pd.concat([df, row(d/'x.jpg', -1, 1, 'gallery')]),['pictures filed under two identities','test pictures also in train'],2
+    return pd.concat([df, row(d/'x.jpg', -1, 1, 'gallery')]),['images filed under two identities','test images also in train'],2
 
 def same_file_in_test(d, df):
-    return pd.concat([df, df[df.pid==0].assign(split='gallery')]),['test pictures also in train','identities in training and in the test'],4
+    return pd.concat([df, df[df.pid==0].assign(split='gallery')]),['test images also in train','identities in training and in the test'],4
 
 def copy_same_identity(d, df):
     (d/'x.jpg').write_bytes((d/'0_0_0.jpg').read_bytes())
-    return pd.concat([df, row(d/'x.jpg', 0, 0, 'train')]),['copies of a picture of the same identity'],1
+    return pd.concat([df, row(d/'x.jpg', 0, 0, 'train')]),['copies of an image of the same identity'],1
 
 def recompressed_same_identity(d, df):
     save(d/'x.jpg', Image.open(d/'0_0_0.jpg'), quality=50)
-    return pd.concat([df, row(d/'x.jpg', 0, 0, 'train')]),['pictures like another of their identity'],2
+    return pd.concat([df, row(d/'x.jpg', 0, 0, 'train')]),['images like another of their identity'],2
 
 def query_copy(d, df):
     save(d/'x.jpg', Image.open(d/'5_0_0.jpg'), quality=50)
@@ -104,11 +104,11 @@ def query_copy_that_is_ignored(d, df):
 
 def query_copied_as_query(d, df):
     save(d/'x.jpg', Image.open(d/'5_0_0.jpg'), quality=50)
-    return pd.concat([df, row(d/'x.jpg', 5, 1, 'query')]),['pictures like another of their identity'],2
+    return pd.concat([df, row(d/'x.jpg', 5, 1, 'query')]),['images like another of their identity'],2
 
 def query_copy_under_another_name(d, df):
     save(d/'x.jpg', Image.open(d/'5_0_0.jpg'), quality=50)
-    return pd.concat([df, row(d/'x.jpg', 6, 1, 'gallery')]),['pictures like one of another identity'],2
+    return pd.concat([df, row(d/'x.jpg', 6, 1, 'gallery')]),['images like one of another identity'],2
 
 def listed_twice(d, df): return pd.concat([df, df[:3]]),['files listed twice in one split'],3
 
@@ -116,35 +116,35 @@ def unanswerable(d, df): return df[~((df.pid==5) & (df.camid==1))],['of 4 querie
 
 def black(d, df):
     save(d/'0_0_0.jpg', Image.new('RGB', (48,96), (3,2,4)))
-    return df,['constant pictures'],1
+    return df,['constant images'],1
 
 def two_black(d, df):
     for o in ('0_0_0','1_0_0','5_1_0'): save(d/f'{o}.png', Image.fromarray(np.full((96,48,3), len(o)+int(o[0]), np.uint8)))
-    return df.replace({'path':{str(d/f'{o}.jpg'):str(d/f'{o}.png') for o in ('0_0_0','1_0_0','5_1_0')}}),['constant pictures'],3
+    return df.replace({'path':{str(d/f'{o}.jpg'):str(d/f'{o}.png') for o in ('0_0_0','1_0_0','5_1_0')}}),['constant images'],3
 
 def grey(d, df):
     save(d/'0_0_0.jpg', ImageOps.grayscale(Image.open(d/'0_0_0.jpg')))
-    return df,['grey pictures'],1
+    return df,['grey images'],1
 
 def tiny(d, df):
     save(d/'0_0_0.jpg', drawing(99, (20,40)))
-    return df,['tiny pictures'],1
+    return df,['tiny images'],1
 
 def narrow(d, df):
     save(d/'0_0_0.jpg', drawing(99, (25,130)))
-    return df,['narrow pictures'],1
+    return df,['narrow images'],1
 
 def frame(d, df):
     save(d/'0_0_0.jpg', drawing(99, (700,500)))
-    return df,['pictures over 4 times higher or lower than the median of 96 pixels'],1
+    return df,['images over 4 times higher or lower than the median of 96 pixels'],1
 
-def one_picture(d, df): return df[~((df.pid==0) & df.path.str.contains('0_1_|_1.jpg'))],['training identities with one picture'],1
+def one_picture(d, df): return df[~((df.pid==0) & df.path.str.contains('0_1_|_1.jpg'))],['training identities with one image'],1
 
 def one_camera(d, df): return df[~((df.pid==0) & (df.camid==1))],['training identities seen by one camera'],1
 
 def many(d, df):
     more = [row(save(d/f'm{i}.jpg', drawing([77,i])), 0, i%2, 'train') for i in range(40)]
-    return pd.concat([df, *more]),['training identities with over 10 times the median of 4 pictures'],1
+    return pd.concat([df, *more]),['training identities with over 10 times the median of 4 images'],1
 
 def no_test(d, df): return df[df.split=='train'],['empty tables'],2
 
@@ -171,7 +171,7 @@ def test_negative_pid_and_single_identity(tmp_path):
     assert kinds(ReIDData('x', **parts).doctor(progress=False))==['identity in train']
     parts['train'] = pd.concat([parts['train'], parts['train'][:1].assign(pid=-1, path=str(save(tmp_path/'n.jpg', drawing(5))))])
     with_distractor = ReIDData('x', **parts).doctor(progress=False)
-    assert 'pictures in train with a pid below 0' in kinds(with_distractor) and not with_distractor.ok
+    assert 'images in train with a pid below 0' in kinds(with_distractor) and not with_distractor.ok
 
 def test_no_query_has_a_match(healthy):
     report = from_df(healthy[(healthy.split=='train') | (healthy.camid==0)], protocol='market').doctor(progress=False)
@@ -184,18 +184,18 @@ def test_leave_one_out(tmp_path):
     save(tmp_path/'x.jpg', Image.open(tmp_path/'6_0_0.jpg'), quality=60)
     df = pd.concat([df, pd.DataFrame([dict(path=str(tmp_path/'x.jpg'), pid=6, split='test')])])
     report = from_df(df, protocol='leave_one_out').doctor(progress=False)
-    assert sorted(kinds(report))==['pictures like another of their identity', 'queries with a copy of themselves as a match']
+    assert sorted(kinds(report))==['images like another of their identity', 'queries with a copy of themselves as a match']
     assert all(len(f.rows)==2 for f in report.findings)
 
 def test_thresholds(tmp_path, healthy):
     "Every threshold does what it says, at the value it names"
     narrow(tmp_path, healthy)
-    assert 'narrow pictures' not in kinds(examine(healthy, max_aspect=5.2)) and 'narrow pictures' in kinds(examine(healthy, max_aspect=5.19))
-    assert 'tiny pictures' not in kinds(examine(healthy, min_side=25)) and 'tiny pictures' in kinds(examine(healthy, min_side=26))
+    assert 'narrow images' not in kinds(examine(healthy, max_aspect=5.2)) and 'narrow images' in kinds(examine(healthy, max_aspect=5.19))
+    assert 'tiny images' not in kinds(examine(healthy, min_side=25)) and 'tiny images' in kinds(examine(healthy, min_side=26))
     grey(tmp_path, healthy)
-    assert 'grey pictures' not in kinds(examine(healthy, grey=0))
+    assert 'grey images' not in kinds(examine(healthy, grey=0))
     black(tmp_path, healthy)
-    assert 'constant pictures' not in kinds(examine(healthy, flat=0))
+    assert 'constant images' not in kinds(examine(healthy, flat=0))
     with pytest.raises(ValueError, match='radius 17: expected 0 to 16'): examine(healthy, radius=17)
 
 ## Pictures
@@ -207,7 +207,7 @@ def test_truncated_anywhere(kwargs):
     drawing(3, (40,72)).convert(kwargs.pop('mode', 'RGB')).save(buf := BytesIO(), **kwargs)
     raw = buf.getvalue()
     cuts = [*range(0, len(raw), max(1, len(raw)//200)), *range(len(raw)-6, len(raw)+1)]
-    scan = scan_pictures(pd.DataFrame(dict(path=[f'{n}' for n in cuts], image=[raw[:n] for n in cuts])), 1, progress=False)
+    scan = scan_images(pd.DataFrame(dict(path=[f'{n}' for n in cuts], image=[raw[:n] for n in cuts])), 1, progress=False)
     for n,e in zip(cuts, scan.error):
         try: open_image(raw[:n], f'{n}')
         except ValueError as full: assert e==str(full)
@@ -219,7 +219,7 @@ def test_upright_size(tmp_path):
     exif[274] = 6
     save(tmp_path/'lying.jpg', drawing(1).rotate(90, expand=True), exif=exif, quality=95)
     save(tmp_path/'plain.jpg', drawing(1), quality=95)
-    scan = scan_pictures(pd.DataFrame(dict(path=[str(tmp_path/o) for o in ('lying.jpg','plain.jpg')])), progress=False)
+    scan = scan_images(pd.DataFrame(dict(path=[str(tmp_path/o) for o in ('lying.jpg','plain.jpg')])), progress=False)
     assert scan.width.tolist()==[48,48] and scan.height.tolist()==[96,96] and hamming(*hashes_in(scan))<=10
 
 def test_held_anywhere(tmp_path):
@@ -232,22 +232,22 @@ def test_held_anywhere(tmp_path):
     save(tmp_path/'frame.png', frame)
     df = pd.DataFrame(dict(path=[f, tmp_path/'a.zip'/'in'/'a.png', 'bytes', 'picture', 'array', tmp_path/'frame.png'], image=[None, None, f.read_bytes(), im, np.asarray(im), None]))
     df = df.assign(path=df.path.astype(str), **{k:[None]*5 + [v] for k,v in zip('xywh', (30,50,48,96))})
-    scan = scan_pictures(df, progress=False)
+    scan = scan_images(df, progress=False)
     assert scan.error.isna().all() and (scan.width==48).all() and (scan.height==96).all()
     assert len(np.unique(hashes_in(scan), axis=0))==1 and scan.content[:3].nunique()==1 and scan.content[3:].nunique()==1
 
 def test_boxes_of_one_frame_are_no_copies(tmp_path):
     f = save(tmp_path/'frame.png', drawing(4, (400,300)))
     df = pd.DataFrame(dict(path=str(f), pid=[0,1,2,3,4,5], x=range(0,300,50), y=[0,60]*3, w=60, h=120, split='train'))
-    assert kinds(from_df(df).doctor(progress=False))==['empty tables','training identities with one picture']
-    scan = scan_pictures(df.assign(x=[0,50,100,150,200,5000]), progress=False)
+    assert kinds(from_df(df).doctor(progress=False))==['empty tables','training identities with one image']
+    scan = scan_images(df.assign(x=[0,50,100,150,200,5000]), progress=False)
     assert 'lies outside' in scan.error[5] and scan.error[:5].isna().all()
 
 def test_processes_change_nothing(tmp_path):
     "300 files, some broken, by one process and by two"
     df = pd.concat([make_set(tmp_path/str(i), n_ids=19) for i in range(4)], ignore_index=True)
     for o in df.path[::41]: open(o, 'wb').close()
-    one,two = (scan_pictures(df, n, progress=False) for n in (1,2))
+    one,two = (scan_images(df, n, progress=False) for n in (1,2))
     pd.testing.assert_frame_equal(one, two)
     assert one.error.notna().sum()==len(df[::41]) and len(df)>256
 
@@ -260,12 +260,12 @@ def test_killed_process(monkeypatch):
         return drawing(i),(48,96),i
     monkeypatch.setattr(room, '_look', look)
     with pytest.raises(ChildProcessError, match='was killed.*try fewer workers'):
-        scan_pictures(pd.DataFrame(dict(path=[str(i) for i in range(1000)])), 2, progress=False)
+        scan_images(pd.DataFrame(dict(path=[str(i) for i in range(1000)])), 2, progress=False)
 
 def test_unreadable(tmp_path, healthy):
     (tmp_path/'0_0_0.jpg').write_bytes(b'')
     bad = unreadable([*healthy.path, *healthy.path[:3], tmp_path/'none.jpg'], progress=False)
-    assert [*bad]==[str(tmp_path/'0_0_0.jpg'), str(tmp_path/'none.jpg')] and 'no picture' in bad[str(tmp_path/'none.jpg')]
+    assert [*bad]==[str(tmp_path/'0_0_0.jpg'), str(tmp_path/'none.jpg')] and 'no image' in bad[str(tmp_path/'none.jpg')]
     assert unreadable([], progress=False)=={}
 
 @pytest.mark.parametrize('change', [lambda im: im.resize((90,180)), lambda im: im.point(lambda o: o*.7), lambda im: im.resize((30,60)),
@@ -343,7 +343,7 @@ def test_many_equal_pictures(tmp_path):
     n = 3000
     df = pd.DataFrame(dict(path=[f'{i}' for i in range(n)], image=[f]*n, pid=range(n), dsetid='x', camid=0))
     report = ReIDData('x', df[:-2], df[-2:-1], df[-1:]).doctor(progress=False)
-    assert [len(f.rows) for f in report.findings if f.what=='pictures filed under two identities']==[n]
+    assert [len(f.rows) for f in report.findings if f.what=='images filed under two identities']==[n]
 
 ## Report
 
@@ -381,7 +381,7 @@ def test_report_order_and_size(report):
 
 def test_three_examples():
     rows = pd.DataFrame(dict(split='train', path=[f'd/{i}.jpg' for i in range(9)], other='', detail=''))
-    assert 'such as 0.jpg; 1.jpg; 2.jpg\n' in Report('x', 9, [Finding('note', 'things', 'nothing', rows)]).text()
+    assert 'such as 0.jpg; 1.jpg; 2.jpg\n' in DoctorReport('x', 9, [Finding('note', 'things', 'nothing', rows)]).text()
 
 def test_the_same_file_is_not_shown_twice(tmp_path, healthy):
     df,_,_ = same_file_other_identity(tmp_path, healthy)
@@ -391,11 +391,11 @@ def test_names_of_identities_where_some_have_none(healthy):
     parts = {k:o.assign(dsetid='x').drop(columns='split') for k,o in healthy.groupby('split')}
     parts['train'] = parts['train'].assign(pid_name='rex').query('pid>0 or camid==0')
     report = ReIDData('x', **parts).doctor(progress=False)
-    assert [f.rows.detail.tolist() for f in report.findings]==[['identity rex: 2 pictures']]
+    assert [f.rows.detail.tolist() for f in report.findings]==[['identity rex: 2 images']]
 
 def test_names_that_are_not_unique_show_their_folder():
     rows = pd.DataFrame(dict(split='train', path=['/data/x/a/0.jpg', '/data/x/b/0.jpg'], other='', detail=''))
-    assert 'such as a/0.jpg; b/0.jpg\n' in Report('x', 9, [Finding('note', 'things', 'nothing', rows)]).text()
+    assert 'such as a/0.jpg; b/0.jpg\n' in DoctorReport('x', 9, [Finding('note', 'things', 'nothing', rows)]).text()
 
 def test_csv_has_every_row(tmp_path, report):
     report.to_csv(tmp_path/'out'/'f.csv')
@@ -403,7 +403,7 @@ def test_csv_has_every_row(tmp_path, report):
     assert len(df)==sum(len(f.rows) for f in report.findings)==len(report.to_df())
     assert df.groupby('finding').size().to_dict()=={f.what:len(f.rows) for f in report.findings}
     assert df.path.tolist()==[o for f in report.findings for o in f.rows.path] and set(df.severity)==set(severities)
-    pairs = df[df.finding=='pictures filed under two identities']
+    pairs = df[df.finding=='images filed under two identities']
     assert {tuple(map(os.path.basename, o)) for o in zip(pairs.path, pairs.other)}>={('x.jpg','1_1_0.jpg'), ('1_1_0.jpg','x.jpg')}
 
 def test_csv_of_a_healthy_set(tmp_path, healthy):
@@ -443,7 +443,7 @@ def test_check_unreadable(tmp_path):
     with pytest.raises(ValueError) as e: data.check(progress=False)
     assert all(o in str(e.value) for o in ('3 unreadable', 'id0', 'id1', 'id2', 'skip_bad'))
     ok = data.check(skip_bad=True, progress=False)
-    assert sum(map(len, ok.splits.values()))==9 and '3 unreadable pictures skipped' in ok.notes[-1]
+    assert sum(map(len, ok.splits.values()))==9 and '3 unreadable images skipped' in ok.notes[-1]
     left = {o for df in ok.splits.values() for o in df.path}
     assert left.isdisjoint({str(tmp_path/o) for o in ('id0/0.jpg','id1/1.jpg','id2/2.jpg')}) and len(left)==9
 
@@ -461,9 +461,9 @@ def test_check_tables(tmp_path):
     assert len(ok.notes)==1 and ok.notes[0].startswith('1 of 2 queries have no match in the gallery under market: they will be dropped')
     with pytest.raises(ValueError, match='4 files listed twice in one split'): check(pd.concat([half[0]]*2), *half[1:])
     single = check(rows([1,2],[0,1]), *half[1:])
-    assert any(o.startswith('2 training identities with one picture') for o in single.notes)
+    assert any(o.startswith('2 training identities with one image') for o in single.notes)
     leak = check(half[0], rows([1],[2]), rows([1],[0]))
-    assert [o.split(':')[0] for o in leak.notes]==['1 identities in training and in the test', '1 test pictures also in train']
+    assert [o.split(':')[0] for o in leak.notes]==['1 identities in training and in the test', '1 test images also in train']
     assert leak.check(progress=False).notes==leak.notes
 
 ODD = ['Ünïcode ★', 'a b (c)', 'x[1]+$.*', '-1x', "o'neil"]

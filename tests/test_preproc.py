@@ -5,8 +5,8 @@ from zipfile import ZipFile
 import numpy as np, pandas as pd, pytest, torch
 from golden_files import golden_params, missing
 from PIL import Image, ImageFile
-from fastreid_nb.data.images import Pictures, open_image
-from fastreid_nb.data.preproc import Preproc, as_image, pixels, row_pixels
+from fastreid_nb.data.images import TableImages, open_image, read_image
+from fastreid_nb.data.preproc import Preproc
 
 def noise(rng, h, w, grain=1):
     "A picture of smooth noise, or of the roughest there is"
@@ -30,7 +30,7 @@ def test_golden(path):
     for k in names:
         got = Preproc(z[f'{k}_target_hw'].tolist()).load(z[f'{k}_hwc_uint8'])
         assert np.abs(got.numpy().astype(int)-z[f'{k}_out_chw']).max()<=1
-    if 'grey_in' in z.files: assert (np.asarray(as_image(z['grey_in']))==z['grey_read']).all()
+    if 'grey_in' in z.files: assert (hwc(read_image(z['grey_in']))==z['grey_read']).all()
 
 @pytest.mark.parametrize('seed', range(40))
 @pytest.mark.parametrize('resample', ['bilinear','bicubic'])
@@ -78,7 +78,7 @@ def variants():
 def test_decoding_is_pillows(monkeypatch):
     "Every kind of file gives exactly the pixels that Pillow reads, upright"
     monkeypatch.setattr(ImageFile, 'MAXBLOCK', 2**20)   # Pillow writes rough progressive pictures only into a large buffer
-    for name,b in variants(): assert (hwc(pixels(b))==np.asarray(open_image(b))).all(), name
+    for name,b in variants(): assert (hwc(read_image(b))==np.asarray(open_image(b))).all(), name
 
 def test_ordinary_jpeg_does_not_need_pillow(monkeypatch):
     "The fast way is taken, and gives way to Pillow where torchvision has no decoder"
@@ -86,10 +86,10 @@ def test_ordinary_jpeg_does_not_need_pillow(monkeypatch):
     want = np.asarray(open_image(b))
     with monkeypatch.context() as m:
         m.setattr('fastreid_nb.data.images.open_image', lambda *_: pytest.fail('Pillow was asked'))
-        assert (hwc(pixels(b))==want).all()
+        assert (hwc(read_image(b))==want).all()
     def gone(*_): raise AttributeError('decode_jpeg')
     monkeypatch.setattr(torch.ops.image, 'decode_jpeg', gone)
-    assert (hwc(pixels(b))==want).all()
+    assert (hwc(read_image(b))==want).all()
 
 @pytest.mark.parametrize('share', [0,.01,.1,.3,.6,.9,.99])
 @pytest.mark.parametrize('progressive', [True,False])
@@ -97,17 +97,17 @@ def test_cut_files_are_named(tmp_path, share, progressive):
     b = encoded(noise(np.random.default_rng(0), 256, 128, 2), quality=90, progressive=progressive)
     f = tmp_path/'cut short.jpg'
     f.write_bytes(b[:int(len(b)*share)])
-    for read in (lambda: pixels(f), lambda: Preproc((8,4)).load(str(f)), lambda: row_pixels(Pictures(pd.DataFrame(dict(path=[str(f)]))), 0)):
+    for read in (lambda: read_image(f), lambda: Preproc((8,4)).load(str(f)), lambda: TableImages(pd.DataFrame(dict(path=[str(f)])))[0]):
         with pytest.raises(ValueError, match='cut short.jpg'): read()
 
 def test_missing_files_are_named(tmp_path):
     for f in (tmp_path/'gone.jpg', tmp_path/'no.zip'/'gone.jpg'):
-        with pytest.raises(FileNotFoundError, match='gone.jpg'): pixels(f)
-    with pytest.raises(ValueError, match='cannot read'): pixels(tmp_path)
+        with pytest.raises(FileNotFoundError, match='gone.jpg'): read_image(f)
+    with pytest.raises(ValueError, match='cannot read'): read_image(tmp_path)
 
 ## Rows of a table
 
-def test_rows_are_those_of_pictures(tmp_path):
+def test_rows_are_what_pillow_cuts(tmp_path):
     "Files, members of archives, bytes, pictures and arrays, whole and in boxes of all positions"
     im = noise(np.random.default_rng(0), 40, 30, 4)
     b = encoded(im)
@@ -116,11 +116,15 @@ def test_rows_are_those_of_pictures(tmp_path):
     boxes = [(None,)*4, (0,0,30,40), (5,6,7,8), (-3,-4,10,12), (25,30,50,60), (29.4,39,1,1)]
     source = [(tmp_path/'ü 1.jpg',None), (tmp_path/'a.zip/in ner/1.jpg',None), ('bytes',b), ('picture',im), ('array',np.asarray(im))]
     df = pd.DataFrame([dict(path=str(p), image=i, x=x, y=y, w=w, h=h) for (p,i),(x,y,w,h) in itertools.product(source, boxes)])
-    pics = Pictures(df)
-    for i in range(len(df)): assert (hwc(row_pixels(pics, i))==np.asarray(pics[i])).all(), df.loc[i]
-    out = Pictures(df.assign(x=300, y=0, w=5, h=5))
+    ims = TableImages(df)
     for i in range(len(df)):
-        with pytest.raises(ValueError, match='lies outside'): row_pixels(out, i)
+        source = ims.source(i)
+        pil = Image.fromarray(source) if isinstance(source, np.ndarray) else open_image(source)
+        if box := ims.box(i): pil = pil.crop((max(box[0],0), max(box[1],0), min(box[2],pil.width), min(box[3],pil.height)))
+        assert (hwc(ims[i])==np.asarray(pil)).all(), df.loc[i]
+    out = TableImages(df.assign(x=300, y=0, w=5, h=5))
+    for i in range(len(df)):
+        with pytest.raises(ValueError, match='lies outside'): out[i]
 
 ## The object
 

@@ -1,11 +1,12 @@
-"Readers of 00d_data.readers, each on a miniature tree of true file names"
+"Readers of 00d_data.readers and 00j_data.catalogue, each on a miniature tree of true file names"
 import os, shutil, warnings
 from inspect import isfunction, signature
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, scipy.io
 from PIL import Image
-from fastreid_nb.data import readers as R
-from fastreid_nb.data.core import as_protocol, matchable
+from fastreid_nb.data import catalogue as C, readers as R
+from fastreid_nb.data.core import ReIDData, as_protocol, matchable
+from fastreid_nb.data.images import image_exts
 from fastreid_nb.data.readers import market1501
 
 def mat(**kwargs): return lambda f: scipy.io.savemat(f, kwargs)
@@ -139,9 +140,11 @@ TREES = dict(
 
 each = pytest.mark.parametrize('name', TREES)
 
+def reader(name): return getattr(C, name, None) or getattr(R, name)
+
 def read(name, path, check=False):
     o = TREES[name]
-    return getattr(R, o.call or name)(path, check=check, **o.kwargs)
+    return reader(o.call or name)(path, check=check, **o.kwargs)
 
 def says(df): return ' '.join(f'{p}:{c}' for p,c in zip(df.pid, df.camid))
 
@@ -235,30 +238,31 @@ def test_counts_are_compared(tmp_path, name):
 def test_empty_folders(tmp_path, name):
     "Pictures gone, folders and lists still there: an error that tells what was expected"
     root = TREES[name].make(tmp_path)
-    pictures = [o for o in root.rglob('*') if o.suffix.lower() in R.image_exts]
+    pictures = [o for o in root.rglob('*') if o.suffix.lower() in image_exts]
     for o in pictures: o.unlink()
     with pytest.raises((ValueError, FileNotFoundError), match='such as|are not in|were not found'): read(name, root)
 
 def test_every_reader_is_tested():
     "Every public function that reads has a tree, and a row in the overview"
-    fs = {k for k in R.__all__ if isfunction(f := getattr(R, k)) and 'path' in signature(f).parameters}
-    assert fs=={o.call or k for k,o in TREES.items()} and len(fs)>=34
-    assert fs | {'market1501'} == {o.split('(')[0] for o in R.benchmarks.index} | {'cuhk03_np'}
-    assert all(list(signature(getattr(R, f)).parameters)[-1]=='check' and getattr(R, f).__doc__ and getattr(R, f).__name__==f for f in fs)
+    fs = {k:f for room in (R,C) for k in room.__all__ if isfunction(f := getattr(room, k)) and 'path' in signature(f).parameters}
+    assert fs.keys()=={'market1501', *(o.call or k for k,o in TREES.items())} and len(fs)>=35
+    assert fs.keys()=={o.split('(')[0] for o in C.benchmarks.index} | {'cuhk03_np'}
+    assert fs.pop('market1501')
+    assert all([*signature(f).parameters][-1]=='check' and f.__doc__ and f.__name__==k for k,f in fs.items())
 
 ## Rows
 
-sources = [(b.name, k, s) for b in (o for o,_ in R._calls) for k,s in b.sources]
+sources = [(b.name, k, s) for b in C._calls.values() for k,s in b.sources]
 
 @pytest.mark.parametrize('name,split,source', sources, ids=lambda o: o if isinstance(o, str) else '')
 def test_example_is_in_the_grammar(name, split, source):
     "The name given as example can be read, also the one in the docstring"
     said = source.read(source.eg.replace('\\', '/'))
-    assert said and said['path'] and said.get('pid') and int(1e9) not in source.keep
+    assert said and said['path'] and said.get('pid') and -1 not in source.keep
 
 def test_overview():
     "Published numbers that everybody knows, and a protocol that exists"
-    b = R.benchmarks
+    b = C.benchmarks
     assert b.index.is_unique and b.kind.isin(['person','vehicle','retrieval']).all()
     for o in b.protocol: as_protocol(o)
     images = b[['train images','query images','gallery images']]
@@ -270,8 +274,8 @@ def test_overview():
     assert both.tolist()==[11788,16185,120053]   # all pictures of these sets
 
 def test_market_counts(tmp_path):
-    "The row of Market-1501 goes with the reader of 00_data"
-    market,_ = next(o for o in R._calls if o[1]=='market1501(path)')
+    "Market-1501 is a row, and its reader adds to what the row alone gives"
+    market = C._calls['market1501(path)']
     for o in ('bounding_box_train/0002_c1s1_000451_03.jpg', 'query/0001_c1s1_001051_00.jpg', 'bounding_box_test/0001_c2s1_000301_00.jpg',
               'bounding_box_test/0000_c1s1_000151_01.jpg', 'bounding_box_test/-1_c1s1_000401_03.jpg'):
         (tmp_path/o).parent.mkdir(exist_ok=True)
@@ -279,16 +283,16 @@ def test_market_counts(tmp_path):
     data = market1501(tmp_path)
     diff = R.count_differences(data, market.counts)
     assert len(diff)==3 and 'gallery: (identities, images, cameras) are (1, 2, 2), published are (750, 15913, 6)' in diff
-    rows = pd.concat([R._rows(tmp_path, s)[0].assign(split=k) for k,s in market.sources])
+    rows = pd.concat([R.read_rows(tmp_path, s)[0].assign(split=k) for k,s in market.sources])
     assert rows.split.value_counts().to_dict()==dict(train=1, query=1, gallery=2)
 
 @pytest.mark.parametrize('want,n', [((1,2,2),0), ((None,2,None),0), ([(9,9,9),(1,2,2)],0), ((1,3,2),1), ([(1,2,1),(2,2,2)],1)])
 def test_count_differences(want, n):
     df = pd.DataFrame(dict(path=['a','b'], pid=[3,-1], camid=[0,1], dsetid='x'))
-    assert len(R.count_differences(R.ReIDData('x', df.iloc[:0], df, df), dict(gallery=want)))==n
+    assert len(R.count_differences(ReIDData('x', df.iloc[:0], df, df), dict(gallery=want)))==n
 
 def test_row_of_ones_own(tmp_path):
-    s = R.Source('all', r'(?P<camid>\w+) (?P<pid>\w+)/\d\.jpg', 'garden rex/1.jpg')
+    s = R.FileSource('all', r'(?P<camid>\w+) (?P<pid>\w+)/\d\.jpg', 'garden rex/1.jpg')
     f = R.benchmark_reader(R.Benchmark('cats', 'Cats', 2024, 'cats', dict(train=s), dict(train=(2,3,2))))
     for o in ('all/garden rex/1.jpg', 'all/garden rex/2.jpg', 'all/door ada/1.jpg'):
         (tmp_path/'cats'/o).parent.mkdir(parents=True, exist_ok=True)
@@ -305,14 +309,14 @@ def test_symbolic_links(tmp_path):
     (root/'cam_b').rename(tmp_path/'elsewhere')
     (root/'cam_b').symlink_to(tmp_path/'elsewhere', target_is_directory=True)
     (root/'cam_a/loop').symlink_to(root, target_is_directory=True)
-    assert says(R.viper(root, check=False).train)==TREES['viper'].says['train']
+    assert says(C.viper(root, check=False).train)==TREES['viper'].says['train']
 
 ## Lists
 
 def test_listed_pictures_must_exist(tmp_path):
     root = TREES['sop'].make(tmp_path)
     (root/'bicycle_final/111085122871_1.JPG').unlink()
-    with pytest.raises(FileNotFoundError, match=r'1 of 2 pictures of .*Ebay_train.txt are not in .*first bicycle_final/111085122871_1.JPG'): R.sop(root, check=False)
+    with pytest.raises(FileNotFoundError, match=r'1 of 2 images of .*Ebay_train.txt are not in .*first bicycle_final/111085122871_1.JPG'): C.sop(root, check=False)
 
 def test_list_with_bom_and_crlf(tmp_path):
     root = TREES['msmt17'].make(tmp_path)
@@ -334,7 +338,7 @@ def test_msmt17_version(tmp_path):
 def test_vehicleid(tmp_path, size):
     "One gallery picture of each vehicle, all others ask; the seed decides which"
     root = TREES['vehicleid'].make(tmp_path)
-    get = lambda seed: R.vehicleid(root, size, seed, check=False)
+    get = lambda seed: C.vehicleid(root, size, seed, check=False)
     a = get(0)
     assert a.name==f'vehicleid_{size}' and sorted(a.gallery.pid)==[21,22] and len(a.query)==4 and matchable(a).all()
     assert set(a.query.path).isdisjoint(a.gallery.path) and same(a, get(0))
@@ -342,14 +346,14 @@ def test_vehicleid(tmp_path, size):
 
 def test_sizes(tmp_path):
     root = TREES['veriwild'].make(tmp_path)
-    for o in ('small','medium','large'): assert R.veriwild(root, o, check=False).name==f'veriwild_{o}'
-    for f in (R.vehicleid, R.veriwild):
+    for o in ('small','medium','large'): assert C.veriwild(root, o, check=False).name==f'veriwild_{o}'
+    for f in (C.vehicleid, C.veriwild):
         with pytest.raises(ValueError, match="size 'tiny': expected one of small, medium, large"): f(root, 'tiny')
 
 def test_veriwild_camera_missing(tmp_path):
     root = TREES['veriwild'].make(tmp_path)
     (root/'train_test_split/vehicle_info.txt').write_text('id/image;Camera ID\n00001/000001;1\n')
-    with pytest.raises(ValueError, match='has no camera for 3 pictures, first .*000002.jpg'): R.veriwild(root, check=False)
+    with pytest.raises(ValueError, match='has no camera for 3 images, first .*000002.jpg'): C.veriwild(root, check=False)
 
 def test_veriwild_other_lists(tmp_path):
     "The lists of the second release have more columns and other names"
@@ -357,7 +361,7 @@ def test_veriwild_other_lists(tmp_path):
     d = root/'train_test_split'
     (d/'train_list.txt').rename(d/'train_list_start0.txt')
     (d/'train_list_start0.txt').write_text('00001/000001.jpg 0 5\n00001/000002.jpg 0 6\n')
-    assert says(R.veriwild(root, check=False).train)==TREES['veriwild'].says['train']
+    assert says(C.veriwild(root, check=False).train)==TREES['veriwild'].says['train']
 
 ## What readers elsewhere get wrong
 
@@ -368,15 +372,15 @@ def test_picture_number_is_no_camera(tmp_path):
 
 def test_pairs_that_share_numbers(tmp_path):
     "GRID's passers-by and PRID's unmatched people are left out, and counted"
-    assert '1 pictures in . were left out for their identity, first gallery/0000' in ' '.join(R.qmul_grid(TREES['qmul_grid'].make(tmp_path), check=False).notes)
-    assert 'person_0201' in ' '.join(R.prid2011(TREES['prid2011'].make(tmp_path), check=False).notes)
+    assert '1 images in . were left out for their identity, first gallery/0000' in ' '.join(C.qmul_grid(TREES['qmul_grid'].make(tmp_path), check=False).notes)
+    assert 'person_0201' in ' '.join(C.prid2011(TREES['prid2011'].make(tmp_path), check=False).notes)
 
 def test_holdout_of_a_training_set(tmp_path):
     root = tmp_path/'VIPeR'
     for c in 'ab':
         (root/f'cam_{c}').mkdir(parents=True)
         for i in range(10): (root/f'cam_{c}/{i:03d}_45.bmp').touch()
-    data = R.viper(root, check=False)
+    data = C.viper(root, check=False)
     assert data.protocol=='market' and len(data.query)==len(data.gallery)==0 and 'holdout' in data.notes[-1]
 
 ## CUHK03 from its .mat files
@@ -407,7 +411,7 @@ def test_cuhk03_unpacks(tmp_path, labelled):
     cuhk03_mat(root/'cuhk03_release/cuhk-03.mat')
     names = ['1_001_1_01.png','1_002_1_02.png','1_002_2_06.png']
     mat(filelist=np.array([[o] for o in names], dtype=object), train_idx=[[1]], query_idx=[[2]], gallery_idx=[[3]])(root/f'cuhk03_new_protocol_config_{kind}.mat')
-    data = R.cuhk03(tmp_path, labelled, check=False)
+    data = C.cuhk03(tmp_path, labelled, check=False)
     assert {k:says(o) for k,o in data.splits.items()}==dict(train='0:0', query='1:0', gallery='1:1')
     assert data.query.pid_name.tolist()==['1_002']
     pics = sorted(o.name for o in (root/f'images_{kind}').iterdir())
@@ -415,20 +419,20 @@ def test_cuhk03_unpacks(tmp_path, labelled):
     im = Image.open(root/f'images_{kind}/1_003_2_07.png')
     assert im.size==(10,16) and im.getpixel((0,0))==((20 if labelled else 10)+6,0,0)
     shutil.rmtree(root/'cuhk03_release')
-    assert same(data, R.cuhk03(tmp_path, labelled, check=False))
+    assert same(data, C.cuhk03(tmp_path, labelled, check=False))
 
 def test_cuhk03_classic(tmp_path):
     "Twenty splits; query and gallery are the same people, and the single-shot protocol applies"
     root = tmp_path/'cuhk03'
     cuhk03_mat(root/'cuhk-03.mat')
-    data = [R.cuhk03(root, classic=True, split=i, check=False) for i in range(20)]
+    data = [C.cuhk03(root, classic=True, split=i, check=False) for i in range(20)]
     for i,o in enumerate(data):
         assert str(o.protocol)=='cuhk03' and o.query.equals(o.gallery) and matchable(o).all()
         assert set(o.query.pid_name)=={f'1_{1+i%3:03d}','2_001'} and len(o.query)==8 and o.train.pid.nunique()==6
         assert not set(o.train.pid) & set(o.query.pid)
     for i in (-1,20):
-        with pytest.raises(ValueError, match=f'split {i}: expected 0 to 19'): R.cuhk03(root, classic=True, split=i, check=False)
-    with pytest.warns(UserWarning, match='published are .1367, None, 2'): R.cuhk03(root, classic=True)
+        with pytest.raises(ValueError, match=f'split {i}: expected 0 to 19'): C.cuhk03(root, classic=True, split=i, check=False)
+    with pytest.warns(UserWarning, match='published are .1367, None, 2'): C.cuhk03(root, classic=True)
 
 def test_cuhk03_half_unpacked(tmp_path, monkeypatch):
     "A run killed while it unpacks leaves no folder that looks complete"
@@ -440,10 +444,10 @@ def test_cuhk03_half_unpacked(tmp_path, monkeypatch):
         if len(n)==5: raise KeyboardInterrupt
         return save(self, *args, **kwargs)
     monkeypatch.setattr(Image.Image, 'save', broken)
-    with pytest.raises(KeyboardInterrupt): R.cuhk03(root, classic=True, check=False)
+    with pytest.raises(KeyboardInterrupt): C.cuhk03(root, classic=True, check=False)
     assert not (root/'images_detected').exists()
     monkeypatch.setattr(Image.Image, 'save', save)
-    assert len(R.cuhk03(root, classic=True, check=False).query)==8
+    assert len(C.cuhk03(root, classic=True, check=False).query)==8
     assert sorted(o.name for o in root.iterdir())==['cuhk-03.mat','images_detected']
 
 def test_cuhk03_without_h5py(tmp_path, monkeypatch):
@@ -451,12 +455,12 @@ def test_cuhk03_without_h5py(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'h5py', None)
     (tmp_path/'cuhk03').mkdir()
     (tmp_path/'cuhk03/cuhk-03.mat').touch()
-    with pytest.raises(ImportError, match=r'install h5py to read it \(pip install "fastreid-nb\[cuhk03\]"\)'): R.cuhk03(tmp_path, classic=True)
+    with pytest.raises(ImportError, match=r'install h5py to read it \(pip install "fastreid-nb\[cuhk03\]"\)'): C.cuhk03(tmp_path, classic=True)
 
 def test_cuhk03_config_names_a_picture_that_is_not_there(tmp_path):
     root = TREES['cuhk03'].make(tmp_path)
     (root/'images_detected/1_002_1_02.png').unlink()
-    with pytest.raises(FileNotFoundError, match='1 pictures of .*config_detected.mat were not found, first 1_002_1_02.png'): R.cuhk03(root, check=False)
+    with pytest.raises(FileNotFoundError, match='1 images of .*config_detected.mat were not found, first 1_002_1_02.png'): C.cuhk03(root, check=False)
 
 ## Large trees
 
@@ -470,5 +474,34 @@ def test_many_files_are_read_fast(tmp_path):
             d.mkdir(parents=True)
             for i in range(100): (d/f'{i:04d}.jpg').touch()
     t = time.perf_counter()
-    data = R.lpw(root, check=False)
+    data = C.lpw(root, check=False)
     assert len(data.train)==20_000 and data.train.pid.nunique()==200 and time.perf_counter()-t<20
+
+## Market-1501
+
+def market_files(root, *extra):
+    for o in ('bounding_box_train/0002_c1s1_000451_03.jpg', 'query/0001_c1s1_001051_00.jpg', 'bounding_box_test/0001_c2s1_000301_00.jpg',
+            'bounding_box_test/0000_c1s1_000151_01.jpg', 'bounding_box_test/-1_c1s1_000401_03.jpg', *extra):
+        (root/o).parent.mkdir(parents=True, exist_ok=True)
+        (root/o).touch()
+    return root
+
+def test_market_says(tmp_path):
+    "Strangers are distractors, junk goes without a note, other names with one; the tables hold the four columns and no more"
+    data = market1501(market_files(tmp_path, 'query/sheet.jpg', 'query/._0001_c1s1_001051_00.jpg', 'query/Thumbs.db'), name='mine')
+    assert {k:says(o) for k,o in data.splits.items()}==dict(train='2:0', query='1:0', gallery='-1:0 1:1')
+    assert all(list(o)==['path','pid','camid','dsetid'] and set(o.dsetid)=={'mine'} for o in data.splits.values())
+    assert len(data.notes)==1 and '1 images in query have other names and were passed over' in data.notes[0]
+    assert data.protocol=='market'
+
+def test_market_without_training(tmp_path):
+    root = market_files(tmp_path)
+    shutil.rmtree(root/'bounding_box_train')
+    data = market1501(root)
+    assert len(data.train)==0 and data.train.pid.dtype=='int64' and data.notes==['no bounding_box_train: there is nothing to train on']
+    shutil.rmtree(root/'query')
+    with pytest.raises(FileNotFoundError, match="'bounding_box_train', 'query'. not found in .*expected the folders"): market1501(root)
+
+def test_market_large_numbers(tmp_path):
+    "Own images in this form may be numbered as people like"
+    assert says(market1501(market_files(tmp_path, 'query/20240131235959_c1.jpg')).query)=='1:0 20240131235959:0'

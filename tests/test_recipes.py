@@ -65,7 +65,7 @@ def test_bad_data(capsys, tmp_path):
     err = says(capsys, 1, 'train', tmp_path/'bad', *quick, '--out', tmp_path/'o')
     assert all(o in err for o in ('2 unreadable', 'id 1', 'id 2', 'skip_bad'))
     assert main(['train', str(tmp_path/'bad'), '--skip-bad', *quick, '--out', str(tmp_path/'o')])==0
-    assert '2 unreadable pictures skipped' in capsys.readouterr().out
+    assert '2 unreadable images skipped' in capsys.readouterr().out
 
 def test_csv_without_cameras(capsys, tmp_path, folder):
     "The same pictures as a table; protocol no_camera is chosen and said"
@@ -119,7 +119,7 @@ def test_doctor_options(capsys, tmp_path):
     assert 'while reading: no split given: 6 identities for training, 2 others' in out and '24 pictures' in out
     (tmp_path/'t.csv').write_text('path,pid\nnone.png,1\nalso none.png,1\nset/id 0/0.png,2\nset/id 1/0.png,2\n')
     assert main(['doctor', str(tmp_path/'t.csv')])==1
-    assert 'none.png (no picture)' in capsys.readouterr().out
+    assert 'none.png (no image)' in capsys.readouterr().out
 
 def test_doctor_wrong_calls(capsys, tmp_path, folder, monkeypatch):
     "What goes wrong before, while or after reading is one sentence"

@@ -20,8 +20,8 @@ from fastai.torch_core import TensorCategory, TensorImage, default_device, to_de
 from fastcore.basics import chunked, defaults, patch
 from torch.utils.data import get_worker_info
 from ..data.core import ReIDData
-from ..data.images import Pictures
-from ..data.preproc import Preproc, row_pixels
+from ..data.images import TableImages
+from ..data.preproc import Preproc
 from .core import apply_augs, bagtricks_augs
 from .samplers import pk_batches
 
@@ -34,7 +34,7 @@ class ReIDDataset:
         preproc:Preproc, # How to read an image
         pids:list=None, # Sorted training identities; the identity becomes its index in this list
     ):
-        self.preproc,self.pics = preproc,Pictures(df)
+        self.preproc,self.pics = preproc,TableImages(df)
         self.camid = df.camid.to_numpy(np.int64)
         self.pid = df.pid.to_numpy(np.int64) if pids is None else np.searchsorted(pids, df.pid.to_numpy())
         self.dsetid = df.dsetid.to_numpy() if 'dsetid' in df else np.full(len(df), '')
@@ -44,7 +44,7 @@ class ReIDDataset:
         return type(self)(pd.DataFrame(dict(path=[], pid=[], camid=[])), self.preproc)
 
     def _pixels(self, i):
-        try: return row_pixels(self.pics, i)
+        try: return self.pics[i]
         except (FileNotFoundError, ValueError) as e: raise type(e)(f'{e} (row {i} of the table)') from e
 
     def __len__(self): return len(self.pid)

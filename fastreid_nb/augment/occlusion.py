@@ -82,13 +82,13 @@ def occlude(
     x:torch.Tensor, # (3,H,W), uint8, or float in [0,1]
     rng:np.random.Generator, # Source of all choices
     p:float=.5, # Probability
-    images=(), # Where obstacles come from: `Pictures`, or a list of what `Preproc.load` takes; resized to `x`
+    images=(), # Where obstacles come from: `TableImages`, or a list of what `Preproc.load` takes; resized to `x`
     area:tuple=(.1,.4), # Range of the covered share of the image
     aspect:tuple=(.3,3.33), # Range of height over width of the rectangle
 )->torch.Tensor: # Same shape
     "Cover a random rectangle with a piece of a random one of `images`"
     if not len(images):
-        raise ValueError('no images to take obstacles from: use partial(occlude, images=Pictures(data.train))')
+        raise ValueError('no images to take obstacles from: use partial(occlude, images=TableImages(data.train))')
     if rng.random()>=p: return x
     H,W = x.shape[-2:]
     other = Preproc((H,W)).load(images[int(rng.integers(len(images)))]).as_subclass(torch.Tensor)

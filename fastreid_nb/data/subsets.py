@@ -15,8 +15,8 @@ from pathlib import Path
 # %% ../../nbs/00h_data.subsets.ipynb #b532c052
 import numpy as np, pandas as pd
 from fastcore.basics import patch
+from .core import ReIDData, id_order, image_keys, pick_ids, query_tables
 from .files import atomic_path
-from .core import ReIDData, id_order, pick_ids, picture_keys, query_tables
 
 # %% ../../nbs/00h_data.subsets.ipynb #6960af35
 def _carve(data, ids, name, seed):
@@ -33,7 +33,8 @@ def holdout(self:ReIDData,
     "Cut an identity-disjoint query and gallery out of training, for every choice one makes"
     ids = self.train.pid.nunique()
     n = round(ids*frac)
-    if not 1<=n<=ids-2: raise ValueError(f'holdout of {frac} of {ids} identities: expected 1 or more set aside and 2 or more left')
+    if not 1<=n<=ids-2:
+        raise ValueError(f'holdout of {frac} of {ids} identities: expected 1 or more set aside and 2 or more left')
     return _carve(self, pick_ids(self.train, n, seed), f'{self.name}-holdout', seed)
 
 # %% ../../nbs/00h_data.subsets.ipynb #0629bdd6
@@ -44,18 +45,28 @@ def folds(self:ReIDData,
 )->Iterator[ReIDData]: # `k` data sets; every training identity is tested in exactly one
     "Divide the training identities into `k` parts, each the test of one data set"
     ids = id_order(self.train, seed)
-    if not 2<=k<=len(ids)//2: raise ValueError(f'{k} folds of {len(ids)} identities: expected 2 to {len(ids)//2}, so that each fold tests 2 identities or more')
+    most = len(ids)//2
+    if not 2<=k<=most:
+        why = 'so that each fold tests 2 identities or more'
+        raise ValueError(f'{k} folds of {len(ids)} identities: expected 2 to {most}, {why}')
     return (_carve(self, ids[i::k], f'{self.name}-fold{i}', seed) for i in range(k))
 
 # %% ../../nbs/00h_data.subsets.ipynb #f97b9742
+def _dsetids(data): return set().union(*(o.dsetid for o in data.splits.values()))
+
+def _above(data, column):
+    "The first number that no split of `data` uses in `column`"
+    return max([o[column].max() for o in data.splits.values() if column in o and len(o)], default=-1)+1
+
 @patch
 def __add__(self:ReIDData, other:ReIDData)->ReIDData:
     "Train on both sets, test on the first; identities and cameras of `other` get new numbers"
-    ids = lambda o: set().union(*(s.dsetid for s in o.splits.values()))
-    if same := ids(self) & ids(other): raise ValueError(f'both sets hold {sorted(same)} in dsetid: read one of them under another name, or train on one of them only')
-    top = lambda c: max([o[c].max() for o in self.splits.values() if c in o and len(o)], default=-1)+1
-    move = {c: other.train[c].where(other.train[c]<0, other.train[c]+top(c)) for c in ('pid','camid','trackid') if c in other.train}
-    train = pd.concat([self.train, other.train.assign(**move)], ignore_index=True)
+    if same := sorted(_dsetids(self) & _dsetids(other)):
+        way_out = 'read one of them under another name, or train on one of them only'
+        raise ValueError(f'both sets hold {same} in dsetid: {way_out}')
+    more = other.train
+    moved = {c:more[c].where(more[c]<0, more[c]+_above(self, c)) for c in ('pid','camid','trackid') if c in more}
+    train = pd.concat([self.train, more.assign(**moved)], ignore_index=True)
     return replace(self, name=f'{self.name}+{other.name}', train=train, notes=[*self.notes, *other.notes])
 
 # %% ../../nbs/00h_data.subsets.ipynb #d2ab90a9
@@ -69,10 +80,11 @@ def rename(self:ReIDData,
 # %% ../../nbs/00h_data.subsets.ipynb #9daab939
 @patch
 def combine_all(self:ReIDData)->ReIDData: # Same name with '-all'; query and gallery are unchanged
-    "Train on every picture of every identity; scores on this set's own test then say nothing"
+    "Train on every image of every identity; scores on this set's own test then say nothing"
     df = pd.concat(list(self.splits.values()), ignore_index=True)
-    df = df[(df.pid>=0) & ~picture_keys(df).duplicated()].reset_index(drop=True)
-    return replace(self, name=f'{self.name}-all', train=df, notes=[*self.notes, 'query and gallery are in training: scores on them say nothing'])
+    df = df[(df.pid>=0) & ~image_keys(df).duplicated()].reset_index(drop=True)
+    note = 'query and gallery are in training: scores on them say nothing'
+    return replace(self, name=f'{self.name}-all', train=df, notes=[*self.notes, note])
 
 # %% ../../nbs/00h_data.subsets.ipynb #789726a3
 @patch
@@ -81,60 +93,67 @@ def plot_counts(self:ReIDData,
     ax=None, # Matplotlib axes to draw on; several sets drawn on one can be compared
     label:str=None, # Name in the legend; by default the name of the data
 ):
-    "Histogram of the number of pictures per identity, on logarithmic scales"
+    "Histogram of the number of images per identity, on logarithmic scales"
     import matplotlib.pyplot as plt
-    o = self.splits[split]
-    n = o.pid[o.pid>=0].value_counts()
+    df = self.splits[split]
+    n = df.pid[df.pid>=0].value_counts()
     if not len(n): raise ValueError(f'{split} of {self.name!r} has no identity to count')
     ax = ax or plt.subplots(figsize=(6,2.6))[1]
     bins = np.unique(np.round(np.geomspace(1, max(n.max(),2)+1, 24)))-.5
     ax.stairs(np.histogram(n, bins)[0], bins, lw=2, label=label or self.name)
-    ax.set(xscale='log', yscale='log', xlabel=f'pictures per identity ({split})', ylabel='identities')
+    ax.set(xscale='log', yscale='log', xlabel=f'images per identity ({split})', ylabel='identities')
     ax.legend()
     return ax
 
 # %% ../../nbs/00h_data.subsets.ipynb #0c75c933
 @patch
 def drop_tail(self:ReIDData,
-    n:int=2, # Least number of pictures an identity needs to stay
+    n:int=2, # Least number of images an identity needs to stay
 )->ReIDData: # A copy with fewer training rows
-    "Leave out of training the identities with fewer than `n` pictures"
+    "Leave out of training the identities with fewer than `n` images"
     keep = self.train.groupby('pid').pid.transform('size')>=n
-    if keep.sum()==0: raise ValueError(f'no identity has {n} pictures, the largest has {self.train.pid.value_counts().max() if len(keep) else 0}: expected a smaller n')
+    if not keep.any():
+        most = self.train.pid.value_counts().max() if len(keep) else 0
+        raise ValueError(f'no identity has {n} images, the largest has {most}: expected a smaller n')
     gone = self.train.pid[~keep].nunique()
-    note = f'{gone} identities with fewer than {n} pictures left out of training ({(~keep).sum()} pictures)'
+    note = f'{gone} identities with fewer than {n} images left out of training ({(~keep).sum()} images)'
     return replace(self, train=self.train[keep].reset_index(drop=True), notes=[*self.notes, note])
 
 # %% ../../nbs/00h_data.subsets.ipynb #726d516f
 @patch
 def resample(self:ReIDData,
-    more_than:int=1, # Identities with more pictures than this …
+    more_than:int=1, # Identities with more images than this …
     less_than:int=100, # … and fewer than this may be doubled
     p:float=.5, # Probability that such an identity is doubled, in [0,1]
     seed:int=0, # Of the choice
 )->ReIDData: # A copy with more training rows; `copy` is 1 in those added
-    "List the pictures of middle-sized training identities twice"
+    "List the images of middle-sized training identities twice"
     if not 0<=p<=1: raise ValueError(f'p={p}: expected a probability in [0,1]')
     n = self.train.pid.value_counts().sort_index()
     mid = n[(n>more_than) & (n<less_than)].index
     twice = mid[np.random.default_rng(seed).random(len(mid))<p]
     more = self.train[self.train.pid.isin(twice)]
-    note = f'{len(twice)} of {len(mid)} identities with {more_than+1} to {less_than-1} pictures are listed twice ({len(more)} pictures)'
+    sizes = f'{more_than+1} to {less_than-1}'
+    note = f'{len(twice)} of {len(mid)} identities with {sizes} images are listed twice ({len(more)} images)'
     train = pd.concat([self.train.assign(copy=0), more.assign(copy=1)], ignore_index=True)
     return replace(self, train=train, notes=[*self.notes, note])
 
 # %% ../../nbs/00h_data.subsets.ipynb #9724a703
+def _save_map(df, path):
+    "Write old and new numbers of the identities of `df` to a CSV file"
+    df = df[df.pid>=0].drop_duplicates('pid').sort_values('pid')
+    columns = [c for c in ('pid','pid_was','pid_name') if c in df]
+    with atomic_path(path) as part: df[columns].to_csv(part, index=False)
+
 @patch
 def relabel(self:ReIDData,
     save:str|Path=None, # CSV file for the map, with columns pid, pid_was and, if known, pid_name
 )->ReIDData: # A copy; distractors keep -1, column `pid_was` holds the old number
     "Number the identities 0, 1, 2, …, those of training first"
-    rest = np.union1d(self.query.pid, self.gallery.pid)
-    old = np.concatenate([train := np.unique(self.train.pid), np.setdiff1d(rest[rest>=0], train)])
+    train,rest = np.unique(self.train.pid),np.union1d(self.query.pid, self.gallery.pid)
+    old = np.concatenate([train, np.setdiff1d(rest[rest>=0], train)])
     code = pd.Series(np.arange(len(old)), index=old)
     splits = {k:o.assign(pid_was=o.pid, pid=o.pid.map(code).fillna(-1).astype(int)) for k,o in self.splits.items()}
-    if save:
-        df = pd.concat(list(splits.values()))
-        df = df[df.pid>=0].drop_duplicates('pid').sort_values('pid')
-        with atomic_path(save) as part: df[[c for c in ('pid','pid_was','pid_name') if c in df]].to_csv(part, index=False)
-    return replace(self, **splits, notes=[*self.notes, f'{len(old)} identities renumbered from 0; the old number is in pid_was'])
+    if save: _save_map(pd.concat(list(splits.values())), save)
+    note = f'{len(old)} identities renumbered from 0; the old number is in pid_was'
+    return replace(self, **splits, notes=[*self.notes, note])

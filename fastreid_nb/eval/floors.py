@@ -15,14 +15,13 @@ from pathlib import Path
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
 from ..data.core import ReIDData
-from ..data.images import Pictures, open_image, to_rgb
+from ..data.images import TableImages, open_image, to_pil
 from .features import Features, cosine_dist, evaluate
 
 # %% ../../nbs/07g_eval.floors.ipynb #09093b56
 def _small(img, size):
     "`img`, a path or a PIL picture, as RGB of `size` (height, width)"
-    img = to_rgb(img) if isinstance(img, Image.Image) else open_image(img)
-    return img.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2)
+    return open_image(img).resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2)
 
 def raw_pixels(
     img:str|Path|Image.Image, # Picture
@@ -54,9 +53,9 @@ def features_from(
 )->Features: # One row per row of `df`
     "Features by a function of your own"
     if not len(df): raise ValueError('an empty table: expected one row or more')
-    ps = Pictures(df)
+    ps = TableImages(df)
     with ThreadPoolExecutor(n_workers) as ex:
-        vecs = ex.map(lambda i: f(ps[i]), range(len(ps)))
+        vecs = ex.map(lambda i: f(to_pil(ps[i])), range(len(ps)))
         vecs = list(progress_bar(vecs, total=len(df), leave=False) if progress else vecs)
     if len(sizes := {np.shape(o) for o in vecs})>1: raise ValueError(f'vectors of shapes {sorted(sizes)}: expected one shape for all pictures')
     return Features(np.stack(vecs), df)

@@ -12,7 +12,7 @@ import numpy as np, matplotlib.pyplot as plt
 from fastcore.basics import patch
 from itertools import zip_longest
 from pathlib import Path
-from ..data.images import Pictures
+from ..data.images import TableImages, to_pil
 from .core import ReIDResult
 from ..data.files import atomic_path
 
@@ -57,7 +57,7 @@ def pick_queries(
 # %% ../../nbs/07f_eval.ranklist.ipynb #af91d900
 def _thumb(df, i, px=256):
     "The picture of row `i`, at most `px` high and wide"
-    im = Pictures(df.iloc[[i]])[0]
+    im = to_pil(TableImages(df.iloc[[i]])[0])
     im.thumbnail((px,px))
     return im
 
