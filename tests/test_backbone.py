@@ -7,7 +7,7 @@ import numpy as np, pytest, torch, torchvision
 from fastreid_nb.backbone import resnet as bb
 from fastreid_nb.backbone.core import IBN, SE, NonLocal
 from fastreid_nb.backbone.resnet import ReIDBasicBlock, ReIDBottleneck, ResNet, add_nonlocal, detect_resnet, resnet, resnet18, resnet18_ibn, resnet50, resnext50, weights_url
-from fastreid_nb.pooling.core import AvgPool
+from fastreid_nb.pooling.core import GlobalAvgPool
 from golden_files import close, golden_files, missing
 
 def golden_block(name, z):
@@ -68,7 +68,7 @@ def test_equals_torchvision(depth):
     ours = resnet(depth, last_stride=2).eval()
     ours.load_state_dict({k:v for k,v in theirs.state_dict().items() if not k.startswith('fc.')})
     x = torch.rand(2, 3, 64, 32)
-    with torch.no_grad(): torch.testing.assert_close(theirs.fc(AvgPool()(ours(x))), theirs(x))
+    with torch.no_grad(): torch.testing.assert_close(theirs.fc(GlobalAvgPool()(ours(x))), theirs(x))
 
 @pytest.mark.parametrize('depth', [18,34,50,101,152])
 def test_parameter_counts(depth):
@@ -228,7 +228,7 @@ def test_resnext_equals_torchvision():
     theirs,ours = torchvision.models.resnext50_32x4d().eval(),resnext50(last_stride=2).eval()
     ours.load_state_dict({k:v for k,v in theirs.state_dict().items() if not k.startswith('fc.')})
     x = torch.rand(1, 3, 64, 32)
-    with torch.no_grad(): torch.testing.assert_close(theirs.fc(AvgPool()(ours(x))), theirs(x))
+    with torch.no_grad(): torch.testing.assert_close(theirs.fc(GlobalAvgPool()(ours(x))), theirs(x))
 
 @pytest.mark.parametrize('kw,end', [(dict(depth=50, groups=32), 'resnext50_32x4d-7cdf4587.pth'), (dict(depth=101, ibn='a', se=True), 'se_resnet101_ibn_a-fabed4e2.pth'),
     (dict(depth=50, ibn='b'), 'resnet50_ibn_b-9ca61e85.pth'), (dict(depth=101, groups=32, ibn=True), 'resnext101_ibn_a-6ace051d.pth')])

@@ -4,7 +4,7 @@ import json
 import numpy as np, pytest, torch, torch.nn.functional as F, torchvision
 from torch import nn
 
-from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.backbone.mobile import SplitBlock, Trunk, detect_efficientnet, detect_mobilenet, detect_shufflenet, efficientnet, mobilenet_v2, mobilenet_v3, shufflenet_v2
 from golden_files import close, golden_params, missing
 from golden_models import golden_array, golden_input, golden_name, golden_state
@@ -22,7 +22,7 @@ def names(k, n):
 
 def seeded(net):
     "Give a new network weights and statistics that are not all alike"
-    fill(net, from_shapes({k:tuple(v.shape) for k,v in net.state_dict().items()}))
+    fill_network(net, from_shapes({k:tuple(v.shape) for k,v in net.state_dict().items()}))
     return net.eval()
 
 def bn(x, state, k, eps=1e-5):
@@ -45,7 +45,7 @@ def test_golden_map(path):
     make,named = found[0]({k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')})
     z = np.load(path.with_name(f'{golden_name(path)}.npz'))
     net = make(last_stride=1 if z['backbone_map_shape'][2]==16 else 2).eval()
-    assert fill(net, named)==[]
+    assert fill_network(net, named)==[]
     with torch.no_grad(): fmap = net((golden_input()-mean)/std)
     assert list(fmap.shape)==z['backbone_map_shape'].tolist() and fmap.shape[1]==net.n_feat
     close(fmap.mean((2,3)), z['backbone_map_mean_hw'], rel=1e-4)
@@ -86,7 +86,7 @@ def test_equals_torchvision(make, name):
     theirs = seeded(getattr(torchvision.models, name)())
     state,x = theirs.state_dict(),torch.rand(2, 3, 64, 32)
     net = make(last_stride=2).eval()
-    assert all(k.startswith(('classifier.','fc.')) for k in fill(net, state))
+    assert all(k.startswith(('classifier.','fc.')) for k in fill_network(net, state))
     head = theirs.fc if hasattr(theirs, 'fc') else theirs.classifier
     with torch.no_grad(): torch.testing.assert_close(head(net(x).mean((2,3))), theirs(x))
 
@@ -137,7 +137,7 @@ def test_mobilenet_v3_of_fastreid(size):
     state,x = from_shapes(shapes),torch.rand(2, 3, 64, 32)
     make,named = detect_mobilenet(state)
     net = make().eval()
-    fill(net, named)
+    fill_network(net, named)
     want = v3_reference(x, state, v3_rows[size])
     with torch.no_grad(): close(net(x), want)
     for m in net.modules():
@@ -205,7 +205,7 @@ def test_efficientnet_of_pycls(last_stride):
     state,x = from_shapes(pycls_effnet_shapes(**b0)),torch.rand(2, 3, 64, 32)
     make,named = detect_efficientnet(state)
     net = make(last_stride=last_stride).eval()
-    assert make.args==('b0',) and fill(net, named)==['classifier.1.weight','classifier.1.bias']
+    assert make.args==('b0',) and fill_network(net, named)==['classifier.1.weight','classifier.1.bias']
     with torch.no_grad(): close(net(x), effnet_reference(x, state, b0['depths'], b0['strides'], last_stride), rel=1e-4)
 
 pycls_sizes = {'b1':((2,3,3,4,4,5,2),(16,24,40,80,112,192,320),32,1280), 'b2':((2,3,3,4,4,5,2),(16,24,48,88,120,208,352),32,1408),

@@ -7,7 +7,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 
 from fastreid_nb.backbone.resnet import resnet18, resnet50
-from fastreid_nb.backbone.weights import fill, weights_by_hand
+from fastreid_nb.backbone.weights import fill_network, weights_by_hand
 from fastreid_nb.heads.rebuild import model_from_recipe
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.weights.load import load_pretrained
@@ -34,7 +34,7 @@ def test_golden_model(path):
     state = {k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')}
     make,state = detect_osnet(state)
     net = make().eval()
-    fill(net, state)
+    fill_network(net, state)
     mean,std = (torch.tensor(o).view(1, 3, 1, 1) for o in ((0.485,0.456,0.406), (0.229,0.224,0.225)))
     with torch.no_grad(): fmap = net((golden_input()-mean)/std)
     assert list(fmap.shape)==z['backbone_map_shape'].tolist() and make.keywords==dict(width=path.name.split('.')[0][6:], kind='plain')
@@ -109,8 +109,8 @@ def test_torchreid_feature(kind):
     file = torchreid_file('x0_25', kind)
     make,state = detect_osnet(file)
     net,fc = make().eval(),torchreid_fc(128).eval()
-    assert make.keywords==dict(width='x0_25', kind=kind) and {o.split('.')[0] for o in fill(net, state)}=={'fc','classifier'}
-    fill(fc, {k[3:]:v for k,v in state.items() if k.startswith('fc.')})
+    assert make.keywords==dict(width='x0_25', kind=kind) and {o.split('.')[0] for o in fill_network(net, state)}=={'fc','classifier'}
+    fill_network(fc, {k[3:]:v for k,v in state.items() if k.startswith('fc.')})
     x = torch.rand(2, 3, 64, 32)
     with torch.no_grad(): close(fc(net(x).mean((2,3))), Torchreid(file).feature(x), rel=1e-5)
 

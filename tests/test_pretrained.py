@@ -11,7 +11,7 @@ from fastreid_nb.heads.model import reid_model
 from fastreid_nb.backbone.osnet import osnet
 from fastreid_nb.pooling.parts import FlattenPool
 from fastreid_nb.heads.parts import mgn
-from fastreid_nb.pooling.core import AvgPool, GeM
+from fastreid_nb.pooling.core import GlobalAvgPool, GeM
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.weights.core import detect_backbone, read_config
 from fastreid_nb.weights.load import load_pretrained
@@ -62,7 +62,7 @@ def test_golden_half_state(path, kind, tmp_path):
 
 ## Synthetic checkpoints of every kind
 
-def a_model(**kw): return reid_model(**dict(dict(n_pids=6, backbone=partial(resnet18, ibn=True), pool=AvgPool), **kw)).eval()
+def a_model(**kw): return reid_model(**dict(dict(n_pids=6, backbone=partial(resnet18, ibn=True), pool=GlobalAvgPool), **kw)).eval()
 
 def shaken(model):
     "The same model with no entry left at its start value"

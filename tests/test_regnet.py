@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models.regnet import BlockParams
 
 from fastreid_nb.backbone import regnet as rn
-from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.backbone.mobile import detect_efficientnet, detect_mobilenet, detect_shufflenet
 from fastreid_nb.backbone.regnet import detect_regnet, regnet, regnet_params
 from golden_files import close, golden_params, missing
@@ -74,7 +74,7 @@ def test_equals_torchvision(size, name):
     make,named = detect_regnet(theirs.state_dict())
     assert make.args==(size,) and make.keywords['rounding']==('paper' if size=='400y' else 'torchvision')
     net = make(last_stride=2).eval()
-    assert fill(net, named)==['fc.weight','fc.bias']
+    assert fill_network(net, named)==['fc.weight','fc.bias']
     with torch.no_grad(): torch.testing.assert_close(theirs.fc(net(x).mean((2,3))), theirs(x))
 
 ## pycls' names
@@ -123,7 +123,7 @@ def test_pycls_names(size, last_stride):
     state = {k:golden_array(k, s) for k,s in pycls_shapes(widths, depths, group, size[-1]=='y').items()}
     make,named = detect_regnet(state)
     net = make(last_stride=last_stride).eval()
-    assert make.args==(size,) and fill(net, named)==['fc.weight','fc.bias']
+    assert make.args==(size,) and fill_network(net, named)==['fc.weight','fc.bias']
     x = torch.rand(2, 3, 64, 32)
     with torch.no_grad(): close(net(x), reference(x, state, depths, last_stride), rel=1e-4)
 
@@ -147,7 +147,7 @@ def test_golden_map(path):
     make,named = detect_regnet({k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')})
     z = np.load(path.with_name(f'{golden_name(path)}.npz'))
     net = make(last_stride=1 if z['backbone_map_shape'][2]==16 else 2).eval()
-    assert fill(net, named)==[]
+    assert fill_network(net, named)==[]
     with torch.no_grad(): fmap = net((golden_input()-mean)/std)
     assert list(fmap.shape)==z['backbone_map_shape'].tolist()
     close(fmap.mean((2,3)), z['backbone_map_mean_hw'], rel=1e-4)

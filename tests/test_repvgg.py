@@ -6,11 +6,11 @@ import numpy as np, pytest, torch
 from torch import nn
 
 from fastreid_nb.backbone.resnet import resnet18
-from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.heads.rebuild import model_from_recipe
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.backbone.osnet import osnet
-from fastreid_nb.pooling.core import AvgPool
+from fastreid_nb.pooling.core import GlobalAvgPool
 from fastreid_nb.backbone.repvgg import RepVGGBlock, deploy, detect_repvgg, repvgg
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
@@ -45,7 +45,7 @@ def test_golden_model(path, folded):
     state = {k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')}
     make,state = detect_repvgg(state)
     net = make().eval()
-    fill(net, state)
+    fill_network(net, state)
     mean,std = (torch.tensor(o).view(1, 3, 1, 1) for o in ((0.485,0.456,0.406), (0.229,0.224,0.225)))
     fmap = run(deploy(net) if folded else net, (golden_input()-mean)/std)
     assert list(fmap.shape)==z['backbone_map_shape'].tolist() and make.keywords==dict(size=path.name.split('.')[0][7:])
@@ -112,7 +112,7 @@ def test_deploy_of_other_networks():
 @pytest.mark.parametrize('backbone', [repvgg, partial(repvgg, 'A0', last_stride=2), resnet18])
 def test_deploy_of_a_model(backbone):
     "The recipe of the folded model builds a folded model"
-    model = shake(reid_model(backbone, 5, AvgPool))
+    model = shake(reid_model(backbone, 5, GlobalAvgPool))
     low,x = deploy(model),torch.rand(2, 3, 64, 32)
     close(run(low, x), run(model, x), rel=1e-5)
     again = model_from_recipe(low.recipe)
@@ -122,7 +122,7 @@ def test_deploy_of_a_model(backbone):
 
 def test_deploy_of_a_model_of_unknown_make():
     "A recipe that would rebuild the branches is dropped"
-    model = shake(reid_model(repvgg(), 5, AvgPool))
+    model = shake(reid_model(repvgg(), 5, GlobalAvgPool))
     assert deploy(model).recipe is None
 
 @pytest.mark.parametrize('size', names)
@@ -173,7 +173,7 @@ def test_timm(size):
     with torch.device('meta' if size!='A0' else 'cpu'): net = make(last_stride=2).eval()
     assert {k:v.shape for k,v in net.state_dict().items()}=={k:v.shape for k,v in state.items() if not k.startswith('head.')}
     if size!='A0': return
-    fill(net, state, ignore=('head.',))
+    fill_network(net, state, ignore=('head.',))
     x = torch.randn(2, 3, 64, 64)
     close(run(net, x), run(theirs.forward_features, x))
     close(run(deploy(net), x), run(theirs.forward_features, x))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest, torch
 
 timm = pytest.importorskip('timm')
-from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.backbone.timmnets import TimmBackbone, _as_map, check_timm_name, from_timm_name, hrnet, is_timm_name, timm_backbone, timm_weights, token_grid
 
 # name: channels and map at 256×128, from each family's paper or code: stride 32 unless the design says otherwise
@@ -156,7 +156,7 @@ def test_positions_are_stretched(tmp_path):
 def test_own_checkpoint_goes_through_unchanged():
     net = timm_backbone('resnet10t')
     again = timm_backbone('resnet10t')
-    assert fill(again, again.adapt(net.state_dict()), ignore=again.ignore)==[]
+    assert fill_network(again, again.adapt(net.state_dict()), ignore=again.ignore)==[]
     assert all(torch.equal(v, net.state_dict()[k]) for k,v in again.state_dict().items())
 
 @pytest.mark.parametrize('change', [lambda s: s.pop('layer3.0.conv1.weight'), lambda s: s.update(extra=torch.zeros(1)),

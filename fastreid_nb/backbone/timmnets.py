@@ -13,7 +13,7 @@ import difflib, pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..data.files import check_choice, read_torch
-from .weights import as_state, fill
+from .weights import as_state, fill_network
 from importlib import import_module
 from pathlib import Path
 from torch import nn
@@ -126,7 +126,7 @@ def timm_backbone(
     net,kwargs = _build(name, fixed, size, last_stride)
     res = TimmBackbone(net, size, fixed, tokens)
     if pretrained is True: res.net = _create(name, True, **kwargs)
-    elif pretrained: fill(res, res.adapt(as_state(read_torch(pretrained), pretrained)), pretrained, res.ignore)
+    elif pretrained: fill_network(res, res.adapt(as_state(read_torch(pretrained), pretrained)), pretrained, res.ignore)
     return res
 
 # %% ../../nbs/02j_backbone.timmnets.ipynb #cc307ff8

@@ -19,7 +19,7 @@ from ..data.files import check_choice
 from ..data.preproc import Preproc
 from ..backbone.resnet import resnet50
 from ..backbone.timmnets import from_timm_name
-from ..pooling.core import AvgPool, GeM
+from ..pooling.core import GlobalAvgPool, GeM
 from .core import BNNeckHead, ReIDOut
 
 # %% ../../nbs/04a_heads.model.ipynb #e93532ed
@@ -173,7 +173,7 @@ def _describe(piece):
 def reid_model(
     backbone:str|Callable=resnet50, # Function, class or partial giving a module with `n_feat`, such a module, or 'timm/NAME'
     n_pids:int=0, # Number of training identities, 0 to search only
-    pool:callable=None, # Function, class, partial or module (B,C,h,w) to (B,C); by default `GeM`, or `AvgPool` for a `signed_map`
+    pool:callable=None, # Function, class, partial or module (B,C,h,w) to (B,C); by default `GeM`, or `GlobalAvgPool` for a `signed_map`
     head:callable=BNNeckHead, # Function, class or partial taking (n_feat, n_pids), or a module (B,C) to `ReIDOut`
     preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
     test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'
@@ -181,7 +181,7 @@ def reid_model(
     "Put a model together from three pieces"
     if isinstance(backbone, str): backbone = partial(from_timm_name, backbone)
     net = make_backbone(backbone)
-    pool = pool or (AvgPool if getattr(net, 'signed_map', False) else GeM)
+    pool = pool or (GlobalAvgPool if getattr(net, 'signed_map', False) else GeM)
     pooling = make_pool(pool, net.n_feat)
     classes = make_piece(head, net.n_feat*getattr(pooling, 'n_out', 1), n_pids)
     model = ReIDModel(net, pooling, classes, preproc, test_on)

@@ -20,7 +20,7 @@ from ..backbone.mobile import detect_efficientnet, detect_mobilenet, detect_shuf
 from ..backbone.regnet import detect_regnet
 from ..backbone.repvgg import detect_repvgg
 from ..backbone.vit import detect_vit, patch_grid
-from ..pooling.core import AvgMaxPool, AvgPool, ClipAvgPool, GeM, MaxPool
+from ..pooling.core import AvgMaxPool, GlobalAvgPool, ClipAvgPool, GeM, GlobalMaxPool
 from ..pooling.parts import FlattenPool
 from ..heads.core import BNNeckHead, LinearHead, ReductionHead
 from ..data.preproc import Preproc
@@ -67,7 +67,7 @@ def file_source(
 _base_configs = {f'base-{k}':dict(pool=pool, size=(h,128), cosine=cosine) for k,pool,h,cosine in
     (('bagtricks','avgpool',256,False), ('agw','gempool',256,False), ('sbs','gempoolp',384,True), ('mgn','gempoolp',384,True))}
 
-_pools = dict(avgpool=AvgPool, globalavgpool=AvgPool, fastavgpool=AvgPool, fastglobalavgpool=AvgPool, maxpool=MaxPool, globalmaxpool=MaxPool,
+_pools = dict(avgpool=GlobalAvgPool, globalavgpool=GlobalAvgPool, fastavgpool=GlobalAvgPool, fastglobalavgpool=GlobalAvgPool, maxpool=GlobalMaxPool, globalmaxpool=GlobalMaxPool,
     gempool=partial(GeM, learn=False), generalizedmeanpooling=partial(GeM, learn=False), gempoolp=GeM, generalizedmeanpoolingp=GeM,
     avgmaxpool=AvgMaxPool, adaptiveavgmaxpool=AvgMaxPool, clipavgpool=ClipAvgPool, clipglobalavgpool=ClipAvgPool, identity=FlattenPool, flatten=FlattenPool)
 
