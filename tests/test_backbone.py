@@ -6,7 +6,7 @@ import numpy as np, pytest, torch, torchvision
 
 from fastreid_nb.backbone import resnet as bb
 from fastreid_nb.backbone.core import IBN, SE, NonLocal
-from fastreid_nb.backbone.resnet import ReIDBasicBlock, ReIDBottleneck, ResNet, add_nonlocal, detect_resnet, resnet, resnet18, resnet18_ibn, resnet50, resnext50, weights_url
+from fastreid_nb.backbone.resnet import ReIDBasicBlock, ReIDBottleneck, ReIDResNet, add_nonlocal, detect_resnet, resnet, resnet18, resnet18_ibn, resnet50, resnext50, weights_url
 from fastreid_nb.pooling.core import GlobalAvgPool
 from golden_files import close, golden_files, missing
 
@@ -153,8 +153,8 @@ def test_ibn_weights_need_an_ibn_network(tmp_path):
 def test_missing_weight_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'): resnet18(pretrained=tmp_path/'nowhere.pth')
 
-@pytest.mark.parametrize('kw,match', [(dict(depth=20), r'depth=20.*18, 34, 50, 101, 152'), (dict(last_stride=3), 'last_stride=3'),
-    (dict(stem_pool='same'), "stem_pool='same'"), (dict(depth='50'), 'depth')])
+@pytest.mark.parametrize('kw,match', [(dict(variant=20), r'variant=20.*18, 34, 50, 101, 152'), (dict(last_stride=3), 'last_stride=3'),
+    (dict(stem_pool='same'), "stem_pool='same'"), (dict(variant='50'), 'variant')])
 def test_bad_arguments(kw, match):
     with pytest.raises(ValueError, match=match): resnet(**kw)
 
@@ -162,21 +162,21 @@ def test_bad_arguments(kw, match):
 def test_short_names(name):
     fn = getattr(bb, name)
     with torch.device('meta'): net = fn(last_stride=2, stem_pool='ceil')
-    assert isinstance(net, ResNet) and net.total_stride==32 and net.maxpool.ceil_mode
+    assert isinstance(net, ReIDResNet) and net.total_stride==32 and net.maxpool.ceil_mode
     assert any(isinstance(m, IBN) for m in net.modules())==name.endswith('_ibn')
-    want = set(inspect.signature(resnet).parameters)-{'depth'}-({'ibn'} if name.endswith('_ibn') else set())
+    want = set(inspect.signature(resnet).parameters)-{'variant'}-({'ibn'} if name.endswith('_ibn') else set())
     assert set(inspect.signature(fn).parameters)==want
     with pytest.raises(TypeError): fn(last_strid=1)
 
-@pytest.mark.parametrize('kw', [dict(depth=18), dict(depth=34, ibn='a', se=True), dict(depth=50, ibn='b'), dict(depth=50, nl=True, nl_width='one'),
-    dict(depth=101, ibn='a', nl=True, nl_width='half'),
-    dict(depth=152, se=True), dict(depth=50, groups=32, base_width=4, ibn='a4'), dict(depth=101, groups=32, base_width=4)])
+@pytest.mark.parametrize('kw', [dict(variant=18), dict(variant=34, ibn='a', se=True), dict(variant=50, ibn='b'), dict(variant=50, nl=True, nl_width='one'),
+    dict(variant=101, ibn='a', nl=True, nl_width='half'),
+    dict(variant=152, se=True), dict(variant=50, groups=32, base_width=4, ibn='a4'), dict(variant=101, groups=32, base_width=4)])
 def test_detect(kw):
     with torch.device('meta'):
         net = resnet(**kw)
         make,state = detect_resnet(net.state_dict())
         twin = make()
-    assert make.args==(kw.pop('depth'),) and make.keywords==kw
+    assert make.args==(kw.pop('variant'),) and make.keywords==kw
     assert {k:v.shape for k,v in twin.state_dict().items()}=={k:v.shape for k,v in state.items()}
 
 def test_detect_leaves_others_alone():
@@ -230,10 +230,10 @@ def test_resnext_equals_torchvision():
     x = torch.rand(1, 3, 64, 32)
     with torch.no_grad(): torch.testing.assert_close(theirs.fc(GlobalAvgPool()(ours(x))), theirs(x))
 
-@pytest.mark.parametrize('kw,end', [(dict(depth=50, groups=32), 'resnext50_32x4d-7cdf4587.pth'), (dict(depth=101, ibn='a', se=True), 'se_resnet101_ibn_a-fabed4e2.pth'),
-    (dict(depth=50, ibn='b'), 'resnet50_ibn_b-9ca61e85.pth'), (dict(depth=101, groups=32, ibn=True), 'resnext101_ibn_a-6ace051d.pth')])
+@pytest.mark.parametrize('kw,end', [(dict(variant=50, groups=32), 'resnext50_32x4d-7cdf4587.pth'), (dict(variant=101, ibn='a', se=True), 'se_resnet101_ibn_a-fabed4e2.pth'),
+    (dict(variant=50, ibn='b'), 'resnet50_ibn_b-9ca61e85.pth'), (dict(variant=101, groups=32, ibn=True), 'resnext101_ibn_a-6ace051d.pth')])
 def test_weight_addresses(kw, end): assert weights_url(**kw).endswith('/'+end)
 
-@pytest.mark.parametrize('kw', [dict(depth=50, se=True), dict(depth=101, groups=32), dict(depth=152, ibn=True)])
+@pytest.mark.parametrize('kw', [dict(variant=50, se=True), dict(variant=101, groups=32), dict(variant=152, ibn=True)])
 def test_no_weights_are_made_up(kw):
     with pytest.raises(ValueError, match='no ImageNet weights are published'): weights_url(**kw)

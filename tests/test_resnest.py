@@ -174,8 +174,8 @@ def test_partial_files_are_not_claimed():
     assert detect_resnest({k:v for k,v in state.items() if not k.startswith('layer3.5')}) is None
     assert detect_resnest({k:v for k,v in state.items() if not k.startswith('conv1')}) is None
 
-@pytest.mark.parametrize('kw,match', [(dict(depth=152), 'depth=152.*50, 101, 200, 269'), (dict(last_stride=3), 'last_stride=3'),
-    (dict(stem_pool='same'), "stem_pool='same'"), (dict(nl=True, nl_width='two'), "'one', 'half'"), (dict(depth='50'), 'depth')])
+@pytest.mark.parametrize('kw,match', [(dict(variant=152), 'variant=152.*50, 101, 200, 269'), (dict(last_stride=3), 'last_stride=3'),
+    (dict(stem_pool='same'), "stem_pool='same'"), (dict(nl=True, nl_width='two'), "'one', 'half'"), (dict(variant='50'), 'variant')])
 def test_bad_arguments(kw, match):
     with pytest.raises(ValueError, match=match): resnest(**kw)
 

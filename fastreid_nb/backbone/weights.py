@@ -120,7 +120,7 @@ def fill_network(
 # %% ../../nbs/02a_backbone.weights.ipynb #b06c9c6c
 def load_backbone(
     net:nn.Module, # Network to put the weights into; changed in place
-    pretrained:bool|str|Path, # True downloads `url` once, a path reads that file, False does nothing
+    pretrained:bool|str|Path, # True downloads `url` once, an address https://… that file, a path reads; False: none
     url:str|Callable='', # Address of the published file, or a function without arguments that gives it
     ignore:tuple=('fc.','classifier.'), # Beginnings of names that the file may have and the network not
     rename:Callable=None, # From the file's dictionary to one with the names of `net`
@@ -128,7 +128,9 @@ def load_backbone(
 )->nn.Module: # `net`
     "Fill a backbone from a file of ImageNet weights"
     if pretrained is False or pretrained is None: return net
-    path = download_weights(url() if callable(url) else url) if pretrained is True else Path(pretrained)
+    source = (url() if callable(url) else url) if pretrained is True else pretrained
+    remote = pretrained is True or str(pretrained).startswith('https://')
+    path = download_weights(source) if remote else Path(source)
     state = as_state(read_torch(path), path)
     fill_network(net, rename(state) if rename else state, path, ignore, new)
     return net
