@@ -136,7 +136,7 @@ def test_every_file_is_recognised(size):
         assert make.keywords==dict(size=size, deployed=True) and {k:v.shape for k,v in got.items()}=={k:v.shape for k,v in after.items()}
 
 def test_not_a_repvgg():
-    with torch.device('meta'): others = [resnet18().state_dict(), osnet('x0_25').state_dict(), repvgg().state_dict()]
+    with torch.device('meta'): others = [resnet18().state_dict(), osnet(width='x0_25').state_dict(), repvgg().state_dict()]
     others[2].pop('stage3.7.rbr_dense.conv.weight')
     assert [detect_repvgg(o) for o in ({}, *others)]==[None]*4
 

@@ -11,7 +11,7 @@ __all__ = ['regnet_params', 'regnet', 'detect_regnet']
 import numpy as np, re
 from ..data.files import check_choice
 from .weights import load_backbone
-from .mobile import Trunk
+from .mobile import MobileTrunk
 from functools import partial
 from pathlib import Path
 from torchvision.models import get_model_weights
@@ -69,10 +69,10 @@ def regnet(
     last_stride:int=1, # Stride of the last stage: 1 (re-identification) or 2 (classification)
     rounding:str='paper', # As in `regnet_params`; torchvision's weights of 400x, 800y and 8000y need 'torchvision'
     pretrained:bool|str|Path=False, # ImageNet weights: True downloads them once, a path reads that file
-)->Trunk: # Backbone with as many channels as its last stage is wide
+)->MobileTrunk: # Backbone with as many channels as its last stage is wide
     "RegNetX or RegNetY up to its feature map"
     net = RegNet(regnet_params(size, rounding), num_classes=1)
-    trunk = Trunk(net, ['stem','trunk_output'], net.trunk_output.block4, last_stride)
+    trunk = MobileTrunk(net, ['stem','trunk_output'], net.trunk_output.block4, last_stride)
     return load_backbone(trunk, pretrained, partial(_url, size, rounding), rename=_named)
 
 # %% ../../nbs/02g_backbone.regnet.ipynb #853c7796
