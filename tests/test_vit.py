@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 
 from fastreid_nb.backbone.weights import fill_network
-from fastreid_nb.backbone.vit import ViTAttention, ViTBlock, ViT, detect_vit, patch_grid, resize_pos_embed, side_info, vit, vit_ignore, vit_names
+from fastreid_nb.backbone.vit import ViTAttention, ViTBlock, ViT, detect_vit, patch_grid, resize_pos_embed, side_info, _ignore, vit, vit_names
 from fastreid_nb.heads.transreid import Jigsaw, deal_patches
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
@@ -289,7 +289,7 @@ def test_detect(size, n_cams):
     with torch.device('meta'):
         net = vit(size, stride=12, n_cams=n_cams)
         make,state = detect_vit(net.state_dict()|{'head.weight':torch.zeros(10, net.n_feat)})
-        assert make.keywords==dict(size=size, n_cams=n_cams) and 'head.weight' in state
+        assert make.keywords==dict(variant=size, n_cams=n_cams) and 'head.weight' in state
         assert {k:v.shape for k,v in make(stride=12).state_dict().items()}=={k:v.shape for k,v in state.items() if k!='head.weight'}
 
 @pytest.mark.parametrize('change', [{'blocks.0.ls1.gamma':(192,)}, {'blocks.3.attn.q_norm.weight':(64,)}, {'patch_embed.proj.weight':(192,3,14,14)},
@@ -309,7 +309,7 @@ def test_distilled_token_goes_with_its_position():
 
 def test_ignored_names_are_classifiers():
     state = tiny().state_dict()
-    assert not [k for k in state if k.startswith(vit_ignore)]
+    assert not [k for k in state if k.startswith(_ignore)]
 
 def test_agrees_with_timm():
     timm = pytest.importorskip('timm')
