@@ -18,7 +18,7 @@ from torch import nn
 from ..data.files import check_choice
 from ..data.preproc import Preproc
 from ..backbone.resnet import resnet50
-from ..backbone.timmnets import from_timm_name
+from ..backbone.timmnets import timm_backbone, timm_name
 from ..pooling.core import GlobalAvgPool, GeM
 from .core import BNNeckHead, ReIDOut
 
@@ -127,7 +127,7 @@ def eval_mode(
 def make_piece(piece, *args):
     "A module from a function, class or partial called with `args`, from 'timm/NAME', or a ready module as it is"
     if isinstance(piece, nn.Module): return piece
-    if isinstance(piece, str): return from_timm_name(piece)
+    if isinstance(piece, str): return timm_backbone(timm_name(piece))
     if callable(piece): return piece(*args)
     raise ValueError(f'{piece!r} is no function, class, partial or module: pass e.g. resnet50 itself')
 
@@ -179,7 +179,7 @@ def reid_model(
     test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'
 )->ReIDModel: # Untrained except for what `backbone` loads; `model.recipe` says how it was made
     "Put a model together from three pieces"
-    if isinstance(backbone, str): backbone = partial(from_timm_name, backbone)
+    if isinstance(backbone, str): backbone = partial(timm_backbone, timm_name(backbone))
     net = make_backbone(backbone)
     pool = pool or (GlobalAvgPool if getattr(net, 'signed_map', False) else GeM)
     pooling = make_pool(pool, net.n_feat)

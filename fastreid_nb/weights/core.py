@@ -191,7 +191,7 @@ def _settle(given, cfg, guess, origin):
 def _check_config(cfg, make, path):
     "A config must not contradict what the file says about its network"
     kw = inspect.signature(make.func).bind_partial(*make.args, **make.keywords).arguments
-    said = dict(network=make.func.__name__, ibn=bool(kw.get('ibn')) or kw.get('kind')=='ibn', se=bool(kw.get('se')))
+    said = dict(network=make.func.__name__, ibn=bool(kw.get('ibn')) or kw.get('variant')=='ibn', se=bool(kw.get('se')))
     off = [f'{k}={cfg[k]!r}, but the file has {v!r}' for k,v in said.items() if k in cfg and cfg[k]!=v]
     if off: raise ValueError(f'the config beside {path} is of another model: {"; ".join(off)}. Give the right one as `config`, or config={{}} for none')
 

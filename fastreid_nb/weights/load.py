@@ -17,7 +17,7 @@ import torch
 from ..data.files import check_choice, read_torch
 from ..data.preproc import Preproc
 from ..backbone.weights import as_state, fill_network
-from ..backbone.timmnets import from_timm_name
+from ..backbone.timmnets import timm_backbone, timm_name
 from ..heads.model import ReIDModel, reid_model
 from ..heads.parts import detect_mgn
 from ..heads.transreid import detect_transreid
@@ -118,7 +118,7 @@ def load_pretrained(
 )->ReIDModel: # In evaluation mode, with attributes `preproc`, `pids`, `threshold` and `origin`
     "A published network, ready to embed, evaluate or train on: FastReID, BagTricks, TransReID, torchreid, ImageNet, or ours"
     given = dict(size=size, last_stride=last_stride, pool=pool, mean=mean, std=std, cosine=cosine, stem_pool=stem_pool, dilation=dilation,
-        resample=resample, backbone=partial(from_timm_name, backbone) if isinstance(backbone, str) else backbone, options=options or {})
+        resample=resample, backbone=partial(timm_backbone, timm_name(backbone)) if isinstance(backbone, str) else backbone, options=options or {})
     path,o = Path(path).expanduser(),read_torch(path)
     if isinstance(o, dict) and o.get('format')=='fastreid_nb': return _ours(path, o, given, n_pids)
     state,beside = as_state(o, path),path.with_name('config.yaml')
