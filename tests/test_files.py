@@ -82,6 +82,18 @@ def test_load_backbone_asks_for_the_address_only_if_needed(tmp_path):
     assert load_backbone(a_net(), False, url) and load_backbone(a_net(), str(tmp_path/'o.pth'), url)
     with pytest.raises(FileNotFoundError, match='nowhere'): load_backbone(a_net(), 'nowhere.pth')
 
+def test_load_backbone_takes_an_address(tmp_path, monkeypatch):
+    asked = []
+    torch.save(a_net().state_dict(), tmp_path/'o.pth')
+    monkeypatch.setattr('fastreid_nb.backbone.weights.download_weights', lambda url: asked.append(url) or tmp_path/'o.pth')
+    for pretrained in (True, 'https://b'): load_backbone(a_net(), pretrained, 'https://a')
+    assert asked==['https://a', 'https://b']
+
+@pytest.mark.parametrize('wrap', [lambda o: o, lambda o: dict(model=dict(state_dict=o)), lambda o: dict(net={f'module._orig_mod.{k}':v for k,v in o.items()}, n_averaged=3)])
+def test_wrappings_are_taken_off(wrap):
+    good = a_net().state_dict()
+    assert as_state(wrap(good)).keys()==good.keys()
+
 @pytest.mark.parametrize('name,checksum', [('net-0123abcd.pth','0123abcd'), ('net.pth',None), ('net-large.pth',None)])
 def test_checksums(tmp_path, monkeypatch, name, checksum):
     seen = []

@@ -359,3 +359,11 @@ def test_sizes_from_a_saved_recipe(): assert GridGeM([4,2]).grid==(4,2) and Flat
 
 def test_layers_show_their_settings():
     assert 'grid=(4, 2), p=3' in repr(GridGeM()) and 'parts=3, p=3' in repr(ABPool()) and 'size=(1, 1)' in repr(FlattenPool())
+
+@pytest.mark.parametrize('amp', [False,True])
+@pytest.mark.parametrize('make', plain+split)
+def test_one_graph(make, amp):
+    "torch.compile takes the layer whole, under autocast too"
+    torch._dynamo.reset()
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp): res = torch._dynamo.explain(make())(maps())
+    assert (res.graph_count, res.graph_break_count)==(1,0), [str(o.reason) for o in res.break_reasons]

@@ -96,7 +96,7 @@ class GeM(nn.Module):
     def forward(self,
         fmap:torch.Tensor, # Feature map, (B,C,h,w)
     )->torch.Tensor: # Feature, (B,C), every value at least `eps`
-        n = fmap.shape[2]*fmap.shape[3]
-        return self._root(self._log_powers(fmap).logsumexp((2,3)) - math.log(n), fmap)
+        log_sum = self._log_powers(fmap).logsumexp((2,3))
+        return self._root(log_sum - math.log(fmap.shape[2]*fmap.shape[3]), fmap)
 
     def extra_repr(self): return f'p={self.p.item():.3g}, learn={isinstance(self.p, nn.Parameter)}, eps={self.eps:g}'
