@@ -167,12 +167,12 @@ def test_bagtricks_forgot_a_relu(tmp_path):
 @pytest.mark.parametrize('kind', ['plain','ain'])
 def test_torchreid_osnet(kind, tmp_path):
     head = partial(ReductionHead, n_emb=512, neck=False, bias=True, norm=True, act='relu')
-    model = shaken(a_model(backbone=partial(osnet, 'x0_25', kind), head=head))
+    model = shaken(a_model(backbone=partial(osnet, kind, 'x0_25'), head=head))
     state = rename(model.state_dict(), (r'^backbone\.', ''), (r'^head\.reduce', 'fc.0'), (r'^head\.post\.0', 'fc.1'), (r'^head\.', ''))
     state = {f'module.{k}':v for k,v in state.items()}|{'module.classifier.bias':torch.zeros(6)}
     loaded = same_features(model, write(tmp_path, dict(state_dict=state, epoch=60, rank1=np.float64(.9), optimizer={})))
     assert loaded.origin.source=='torchreid' and list(loaded.origin.dropped)==['classifier.bias']
-    assert loaded.recipe['backbone']['kw']['kind']==kind
+    assert loaded.recipe['backbone']['kw']['variant']==kind
 
 def test_torchreid_resnet(tmp_path):
     model = shaken(a_model(head=LinearHead, backbone=partial(resnet50, last_stride=2)))
@@ -319,7 +319,7 @@ def test_no_option_is_ignored(tmp_path):
         def __init__(self): super().__init__(nn.Conv2d(3, 4, 3, 2))
     path = write(tmp_path, fastreid(a_model(backbone=Mine), 'C'))
     with pytest.raises(ValueError, match='no option last_stride'): quiet(path, backbone=Mine, last_stride=1)
-    path = write(tmp_path, fastreid(a_model(backbone=partial(osnet, 'x0_25')), 'C'))
+    path = write(tmp_path, fastreid(a_model(backbone=partial(osnet, width='x0_25')), 'C'))
     with pytest.raises(ValueError, match='no option last_stride'): quiet(path, last_stride=1)
 
 def test_our_file_takes_no_arguments(tmp_path):

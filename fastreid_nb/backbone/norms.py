@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 from ..data.files import check_choice
+from .resnet import as_ours
 
 # %% ../../nbs/02c_backbone.norms.ipynb #6fb6fe88
 class FrozenNorm(FrozenBatchNorm2d):
@@ -142,4 +143,4 @@ def with_norm(
     "Make a backbone and exchange its batch normalisations"
     if not callable(backbone): raise ValueError(f'{backbone!r} is no function: give resnet50 itself, '
         'or partial(timm_backbone, NAME) for a timm network')
-    return convert_norm(backbone(), norm, groups, splits)
+    return convert_norm(as_ours(backbone)(), norm, groups, splits)

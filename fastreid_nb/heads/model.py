@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..data.files import check_choice
 from ..data.preproc import Preproc
-from ..backbone.resnet import resnet50
+from ..backbone.resnet import as_ours, resnet50
 from ..backbone.timmnets import timm_backbone, timm_name
 from ..pooling.core import GlobalAvgPool, GeM
 from .core import BNNeckHead, ReIDOut
@@ -135,7 +135,7 @@ def make_backbone(piece):
     "A module with `n_feat` from what `make_piece` takes"
     if isinstance(piece, numbers.Number):
         raise ValueError(f'the backbone is {piece}: expected the backbone first and then n_pids, e.g. resnet50, {piece}')
-    net = make_piece(piece)
+    net = make_piece(as_ours(piece))
     if hasattr(net, 'n_feat'): return net
     raise ValueError(f'the backbone {type(net).__name__} has no attribute `n_feat`: '
         'set it to the number of channels of its feature map')
@@ -159,6 +159,7 @@ def _plain(o):
 _unwritten = ('pretrained','preproc')
 
 def _call(piece):
+    piece = as_ours(piece)
     fn,args,kw = (piece.func,piece.args,piece.keywords) if isinstance(piece, partial) else (piece,(),{})
     if args: kw = {**dict(zip(inspect.signature(fn).parameters, args)), **kw}
     ours = fn.__module__.startswith('fastreid_nb.')

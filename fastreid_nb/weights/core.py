@@ -92,8 +92,8 @@ def _read_yaml(path):
     return _section(dict(all=cfg), 'all', path=path)
 
 # %% ../../nbs/13_weights.ipynb #bd3af313
-_builders = dict(resnet='resnet', resnext='resnet', resnest='resnest', osnet='osnet', mobilenetv2='mobilenet_v2', mobilenetv3='mobilenet_v3',
-    shufflenetv2='shufflenet_v2', repvgg='repvgg', regnet='regnet', effnet='efficientnet', vit='vit')
+_builders = dict(resnet='resnet', resnext='resnet', resnest='resnest', osnet='osnet', mobilenetv2='mobilenetv2', mobilenetv3='mobilenetv3',
+    shufflenetv2='shufflenetv2', repvgg='repvgg', regnet='regnet', effnet='efficientnet', vit='vit')
 
 def _numbers(o, n, what, path):
     o = _literal(o)
