@@ -1,13 +1,15 @@
 "Backbones: shapes, surgery, weight files, and whole models against the reference implementation"
 import inspect
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pytest, torch, torchvision
 
 from fastreid_nb.backbone import resnet as bb
 from fastreid_nb.backbone.core import IBN, SE, NonLocal
-from fastreid_nb.backbone.resnet import ReIDBasicBlock, ReIDBottleneck, ResNet, add_nonlocal, detect_resnet, resnet, resnet18, resnet18_ibn, resnet50, resnext50, weights_url
-from fastreid_nb.pooling.core import AvgPool
+from fastreid_nb.backbone.resnet import (ReIDBasicBlock, ReIDBottleneck, ReIDResNet, add_nonlocal, as_ours, detect_resnet, resnet, resnet18, resnet18_ibn,
+    resnet50, resnext50, weights_url)
+from fastreid_nb.pooling.core import GlobalAvgPool
 from golden_files import close, golden_files, missing
 
 def golden_block(name, z):
@@ -68,7 +70,7 @@ def test_equals_torchvision(depth):
     ours = resnet(depth, last_stride=2).eval()
     ours.load_state_dict({k:v for k,v in theirs.state_dict().items() if not k.startswith('fc.')})
     x = torch.rand(2, 3, 64, 32)
-    with torch.no_grad(): torch.testing.assert_close(theirs.fc(AvgPool()(ours(x))), theirs(x))
+    with torch.no_grad(): torch.testing.assert_close(theirs.fc(GlobalAvgPool()(ours(x))), theirs(x))
 
 @pytest.mark.parametrize('depth', [18,34,50,101,152])
 def test_parameter_counts(depth):
@@ -153,8 +155,8 @@ def test_ibn_weights_need_an_ibn_network(tmp_path):
 def test_missing_weight_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'): resnet18(pretrained=tmp_path/'nowhere.pth')
 
-@pytest.mark.parametrize('kw,match', [(dict(depth=20), r'depth=20.*18, 34, 50, 101, 152'), (dict(last_stride=3), 'last_stride=3'),
-    (dict(stem_pool='same'), "stem_pool='same'"), (dict(depth='50'), 'depth')])
+@pytest.mark.parametrize('kw,match', [(dict(variant=20), r'variant=20.*18, 34, 50, 101, 152'), (dict(last_stride=3), 'last_stride=3'),
+    (dict(stem_pool='same'), "stem_pool='same'"), (dict(variant='50'), 'variant')])
 def test_bad_arguments(kw, match):
     with pytest.raises(ValueError, match=match): resnet(**kw)
 
@@ -162,21 +164,21 @@ def test_bad_arguments(kw, match):
 def test_short_names(name):
     fn = getattr(bb, name)
     with torch.device('meta'): net = fn(last_stride=2, stem_pool='ceil')
-    assert isinstance(net, ResNet) and net.total_stride==32 and net.maxpool.ceil_mode
+    assert isinstance(net, ReIDResNet) and net.total_stride==32 and net.maxpool.ceil_mode
     assert any(isinstance(m, IBN) for m in net.modules())==name.endswith('_ibn')
-    want = set(inspect.signature(resnet).parameters)-{'depth'}-({'ibn'} if name.endswith('_ibn') else set())
+    want = set(inspect.signature(resnet).parameters)-{'variant'}-({'ibn'} if name.endswith('_ibn') else set())
     assert set(inspect.signature(fn).parameters)==want
     with pytest.raises(TypeError): fn(last_strid=1)
 
-@pytest.mark.parametrize('kw', [dict(depth=18), dict(depth=34, ibn='a', se=True), dict(depth=50, ibn='b'), dict(depth=50, nl=True, nl_width='one'),
-    dict(depth=101, ibn='a', nl=True, nl_width='half'),
-    dict(depth=152, se=True), dict(depth=50, groups=32, base_width=4, ibn='a4'), dict(depth=101, groups=32, base_width=4)])
+@pytest.mark.parametrize('kw', [dict(variant=18), dict(variant=34, ibn='a', se=True), dict(variant=50, ibn='b'), dict(variant=50, nl=True, nl_width='one'),
+    dict(variant=101, ibn='a', nl=True, nl_width='half'),
+    dict(variant=152, se=True), dict(variant=50, groups=32, base_width=4, ibn='a4'), dict(variant=101, groups=32, base_width=4)])
 def test_detect(kw):
     with torch.device('meta'):
         net = resnet(**kw)
         make,state = detect_resnet(net.state_dict())
         twin = make()
-    assert make.args==(kw.pop('depth'),) and make.keywords==kw
+    assert make.args==(kw.pop('variant'),) and make.keywords==kw
     assert {k:v.shape for k,v in twin.state_dict().items()}=={k:v.shape for k,v in state.items()}
 
 def test_detect_leaves_others_alone():
@@ -228,12 +230,79 @@ def test_resnext_equals_torchvision():
     theirs,ours = torchvision.models.resnext50_32x4d().eval(),resnext50(last_stride=2).eval()
     ours.load_state_dict({k:v for k,v in theirs.state_dict().items() if not k.startswith('fc.')})
     x = torch.rand(1, 3, 64, 32)
-    with torch.no_grad(): torch.testing.assert_close(theirs.fc(AvgPool()(ours(x))), theirs(x))
+    with torch.no_grad(): torch.testing.assert_close(theirs.fc(GlobalAvgPool()(ours(x))), theirs(x))
 
-@pytest.mark.parametrize('kw,end', [(dict(depth=50, groups=32), 'resnext50_32x4d-7cdf4587.pth'), (dict(depth=101, ibn='a', se=True), 'se_resnet101_ibn_a-fabed4e2.pth'),
-    (dict(depth=50, ibn='b'), 'resnet50_ibn_b-9ca61e85.pth'), (dict(depth=101, groups=32, ibn=True), 'resnext101_ibn_a-6ace051d.pth')])
+@pytest.mark.parametrize('kw,end', [(dict(variant=50, groups=32), 'resnext50_32x4d-7cdf4587.pth'), (dict(variant=101, ibn='a', se=True), 'se_resnet101_ibn_a-fabed4e2.pth'),
+    (dict(variant=50, ibn='b'), 'resnet50_ibn_b-9ca61e85.pth'), (dict(variant=101, groups=32, ibn=True), 'resnext101_ibn_a-6ace051d.pth')])
 def test_weight_addresses(kw, end): assert weights_url(**kw).endswith('/'+end)
 
-@pytest.mark.parametrize('kw', [dict(depth=50, se=True), dict(depth=101, groups=32), dict(depth=152, ibn=True)])
+@pytest.mark.parametrize('kw', [dict(variant=50, se=True), dict(variant=101, groups=32), dict(variant=152, ibn=True)])
 def test_no_weights_are_made_up(kw):
     with pytest.raises(ValueError, match='no ImageNet weights are published'): weights_url(**kw)
+
+## Memory layout
+
+def plain_ibn(m, x): return torch.cat([m.IN(x[:,:m.half]), m.BN(x[:,m.half:])], 1)
+
+def numbers(m, fn, x):
+    "The result, the gradients of input and weights, and the statistics"
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = fn(x)
+    (y*torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)).sum().backward()
+    return [y, x.grad, *(p.grad for p in m.parameters()), *(b.float() for b in m.buffers())]
+
+@pytest.mark.parametrize('last', [False,True])
+@pytest.mark.parametrize('train', [False,True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_ibn_keeps_the_layout(last, train, dtype):
+    "The layout that comes in goes out, with the numbers of both halves one after the other, to the last bit"
+    layout = torch.channels_last if last else torch.contiguous_format
+    torch.manual_seed(0)
+    ours,theirs = IBN(8).train(train),IBN(8).train(train)
+    x = torch.randn(4, 8, 6, 5).to(dtype).contiguous(memory_format=layout)
+    for a,b in zip(numbers(ours, ours, x), numbers(theirs, partial(plain_ibn, theirs), x)): assert torch.equal(a, b)
+    assert ours(x).is_contiguous(memory_format=layout)
+
+def test_a_network_keeps_the_layout():
+    "No map between two blocks of an IBN network is channels first"
+    net,seen = resnet18_ibn().eval().to(memory_format=torch.channels_last),[]
+    for m in net.modules():
+        if isinstance(m, (IBN,ReIDBasicBlock)): m.register_forward_hook(lambda m, args, y: seen.append(y.is_contiguous(memory_format=torch.channels_last)))
+    with torch.no_grad(): net(torch.rand(2, 3, 64, 32).to(memory_format=torch.channels_last))
+    assert len(seen)==6+8 and all(seen)
+
+@pytest.mark.parametrize('train', [False,True])
+def test_one_graph(train):
+    "torch.compile takes the network whole"
+    torch._dynamo.reset()
+    res = torch._dynamo.explain(resnet18_ibn(se=True).train(train))(torch.rand(2, 3, 64, 32))
+    assert (res.graph_count, res.graph_break_count)==(1,0), [str(o.reason) for o in res.break_reasons]
+
+## torchvision's functions
+
+tv = torchvision.models
+
+@pytest.mark.parametrize('name', ['resnet18','resnet34','resnet50','resnet101','resnet152'])
+def test_torchvisions_functions_are_ours(name):
+    theirs,ours = getattr(tv, name),getattr(bb, name)
+    assert as_ours(theirs) is ours and as_ours(partial(theirs, weights=None, progress=False)) is ours
+    assert as_ours(ours) is ours and as_ours(partial(ours, last_stride=2)).keywords==dict(last_stride=2)
+
+v1,v2 = tv.ResNet50_Weights.IMAGENET1K_V1,tv.ResNet50_Weights.IMAGENET1K_V2
+
+@pytest.mark.parametrize('kw,want', [(dict(weights='IMAGENET1K_V1'), True), (dict(weights=v1), True), (dict(pretrained=True), True), (dict(weights='ResNet50_Weights.IMAGENET1K_V1'), True),
+    (dict(weights=v2), v2.url), (dict(weights='DEFAULT'), v2.url), (dict(pretrained='a.pth'), 'a.pth')])
+def test_torchvisions_weights_are_asked_for(kw, want):
+    got = as_ours(partial(tv.resnet50, **kw))
+    assert (got.func, got.args, got.keywords)==(resnet50, (), dict(pretrained=want))
+
+def test_torchvisions_function_builds_ours():
+    with torch.device('meta'): net = as_ours(partial(tv.resnet50, last_stride=2, ibn='a'))()
+    assert isinstance(net, ReIDResNet) and net.total_stride==32 and isinstance(net.layer1[0].bn1, IBN)
+
+@pytest.mark.parametrize('other', [tv.densenet121, tv.wide_resnet50_2, partial(tv.vgg11, weights=None), 'timm/resnet18', None, 3, torch.nn.Identity()])
+def test_others_are_left_alone(other): assert as_ours(other) is other
+
+@pytest.mark.parametrize('kw,match', [(dict(num_classes=7), 'no option num_classes'), (dict(weights='IMAGENET'), 'IMAGENET1K_V1'), (dict(weights=tv.ResNet50_Weights.DEFAULT, norm_layer=1), 'norm_layer')])
+def test_torchvisions_options_are_refused_by_name(kw, match):
+    with pytest.raises(ValueError, match=match): as_ours(partial(tv.resnet50, **kw))

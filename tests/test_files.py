@@ -4,7 +4,7 @@ import argparse, copy, datetime, os
 import numpy as np, pytest, torch
 from torch import nn
 
-from fastreid_nb.backbone.weights import as_state, download_weights, fill, load_backbone
+from fastreid_nb.backbone.weights import as_state, download_weights, fill_network, load_backbone
 from fastreid_nb.data.files import atomic_path, check_choice, read_torch
 
 def a_net(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
@@ -56,24 +56,24 @@ def test_a_large_truncated_file_is_refused_at_once(tmp_path):
 def test_fill_loads_all_or_nothing(change, match):
     net,good = a_net(),a_net().state_dict()
     before = values(net)
-    with pytest.raises(ValueError, match=match): fill(net, change(good), 'file.pth')
+    with pytest.raises(ValueError, match=match): fill_network(net, change(good), 'file.pth')
     assert same(values(net), before)
-    assert fill(net, good)==[] and same(values(net), good)
+    assert fill_network(net, good)==[] and same(values(net), good)
 
 def test_fill_names_what_it_leaves_out():
     net,good = a_net(),a_net().state_dict()
-    assert fill(net, good|{'fc.bias':torch.zeros(2), 'head.x':torch.zeros(1)}, ignore=('fc.','head.'))==['fc.bias','head.x']
-    with pytest.raises(ValueError, match=r"\['fc.bias'\]"): fill(net, good|{'fc.bias':torch.zeros(2)}, ignore=())
+    assert fill_network(net, good|{'fc.bias':torch.zeros(2), 'head.x':torch.zeros(1)}, ignore=('fc.','head.'))==['fc.bias','head.x']
+    with pytest.raises(ValueError, match=r"\['fc.bias'\]"): fill_network(net, good|{'fc.bias':torch.zeros(2)}, ignore=())
 
 def test_fill_takes_other_precision_and_no_counters():
     net,good = a_net(),a_net().state_dict()
-    fill(net, {k:v.half() for k,v in good.items() if not k.endswith('tracked')})
+    fill_network(net, {k:v.half() for k,v in good.items() if not k.endswith('tracked')})
     torch.testing.assert_close(net[0].weight.data, good['0.weight'].half().float())
 
 def test_fill_leaves_what_is_new():
     net = nn.ModuleDict(dict(a=nn.Linear(2, 2), NL_2=nn.Linear(2, 2)))
     before = copy.deepcopy(net.NL_2.weight.data)
-    fill(net, {f'a.{k}':v for k,v in nn.Linear(2, 2).state_dict().items()}, new=('NL_',))
+    fill_network(net, {f'a.{k}':v for k,v in nn.Linear(2, 2).state_dict().items()}, new=('NL_',))
     assert torch.equal(net.NL_2.weight.data, before)
 
 def test_load_backbone_asks_for_the_address_only_if_needed(tmp_path):
@@ -81,6 +81,18 @@ def test_load_backbone_asks_for_the_address_only_if_needed(tmp_path):
     torch.save(a_net().state_dict(), tmp_path/'o.pth')
     assert load_backbone(a_net(), False, url) and load_backbone(a_net(), str(tmp_path/'o.pth'), url)
     with pytest.raises(FileNotFoundError, match='nowhere'): load_backbone(a_net(), 'nowhere.pth')
+
+def test_load_backbone_takes_an_address(tmp_path, monkeypatch):
+    asked = []
+    torch.save(a_net().state_dict(), tmp_path/'o.pth')
+    monkeypatch.setattr('fastreid_nb.backbone.weights.download_weights', lambda url: asked.append(url) or tmp_path/'o.pth')
+    for pretrained in (True, 'https://b'): load_backbone(a_net(), pretrained, 'https://a')
+    assert asked==['https://a', 'https://b']
+
+@pytest.mark.parametrize('wrap', [lambda o: o, lambda o: dict(model=dict(state_dict=o)), lambda o: dict(net={f'module._orig_mod.{k}':v for k,v in o.items()}, n_averaged=3)])
+def test_wrappings_are_taken_off(wrap):
+    good = a_net().state_dict()
+    assert as_state(wrap(good)).keys()==good.keys()
 
 @pytest.mark.parametrize('name,checksum', [('net-0123abcd.pth','0123abcd'), ('net.pth',None), ('net-large.pth',None)])
 def test_checksums(tmp_path, monkeypatch, name, checksum):
@@ -97,4 +109,4 @@ def test_fill_keeps_the_names_of_a_network_called_module():
     "Wrappings are taken off files, not off networks that have such a part"
     net = nn.ModuleDict(dict(module=nn.Linear(2, 2)))
     want = copy.deepcopy(net).state_dict()
-    assert fill(net, {k:v+1 for k,v in want.items()})==[] and torch.equal(net.module.weight.data, want['module.weight']+1)
+    assert fill_network(net, {k:v+1 for k,v in want.items()})==[] and torch.equal(net.module.weight.data, want['module.weight']+1)

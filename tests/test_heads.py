@@ -17,7 +17,7 @@ from fastreid_nb.heads.parts import mgn, pcb
 from fastreid_nb.heads.rebuild import model_from_recipe
 from fastreid_nb.heads.rmgl import rmgl
 from fastreid_nb.losses.core import CrossEntropy, TripletLoss
-from fastreid_nb.pooling.core import AvgPool, GeM, MaxPool
+from fastreid_nb.pooling.core import GlobalAvgPool, GeM, GlobalMaxPool
 from golden_files import close, golden_files, missing
 
 heads = [LinearHead, BNNeckHead, ReductionHead, partial(BNNeckHead, cosine=True), partial(ReductionHead, n_emb=7, neck=False),
@@ -49,7 +49,7 @@ def golden_head(case, z):
     if bn: state |= {f'neck.{k}':z[f'state_bn{tail}_{k}'] for k in ('weight','bias','running_mean','running_var')}
     res = head.load_state_dict({k:torch.tensor(v) for k,v in state.items()}, strict=False)
     assert not res.unexpected_keys and set(res.missing_keys)<={'neck.num_batches_tracked'}
-    return (GeM(float(z['state_gem_p'][0])) if case['pool'].startswith('Gen') else AvgPool()), head
+    return (GeM(float(z['state_gem_p'][0])) if case['pool'].startswith('Gen') else GlobalAvgPool()), head
 
 @pytest.mark.parametrize('path,case', cases())
 def test_golden_head(path, case):
@@ -84,7 +84,7 @@ def test_golden_classification_head(path, kind):
     head = (BNNeckHead if neck else LinearHead)(96, 13, cosine=kind!='Linear')
     state = {'classifier.weight':z['state_cls96']}|{f'neck.{k}':z[f'state_bn96_{k}'] for k in ('weight','bias','running_mean','running_var')}
     assert set(head.load_state_dict({k:torch.tensor(v) for k,v in state.items()}, strict=False).missing_keys)<={'neck.num_batches_tracked'}
-    model = ReIDModel(nn.Identity(), AvgPool(), head, Preproc(mean=(0.,)*96, std=(1.,)*96), test_on='logits')
+    model = ReIDModel(nn.Identity(), GlobalAvgPool(), head, Preproc(mean=(0.,)*96, std=(1.,)*96), test_on='logits')
     x = torch.tensor(z['features'])
     want = torch.tensor(z[f'{kind}_eval_logits'])
     with torch.no_grad(): logits = model.eval()(x)
@@ -204,7 +204,7 @@ def test_model_of_other_channels(n):
     model = reid_model(net, 3, preproc=Preproc(mean=(0.5,)*n, std=(0.5,)*n)).eval()
     assert model(torch.rand(2, n, 8, 8)).shape==(2,4)
 
-@pytest.mark.parametrize('kw', [{}, dict(pool=AvgPool), dict(pool=partial(GeM, p=2., learn=False)), dict(head=LinearHead),
+@pytest.mark.parametrize('kw', [{}, dict(pool=GlobalAvgPool), dict(pool=partial(GeM, p=2., learn=False)), dict(head=LinearHead),
     dict(head=partial(ReductionHead, n_emb=8, cosine=True)), dict(backbone=partial(resnet18, ibn=True)),
     dict(backbone=partial(resnet, 18, 2)), dict(test_on='feat')])
 def test_recipe_round_trip(kw):
@@ -231,13 +231,13 @@ def test_backbone_comes_first():
 def test_timm_by_name():
     pytest.importorskip('timm')
     model = reid_model('timm/vit_tiny_patch16_224', 7)
-    assert isinstance(model.pool, AvgPool) and model.mean.flatten().tolist()==pytest.approx(model.backbone.mean)
+    assert isinstance(model.pool, GlobalAvgPool) and model.mean.flatten().tolist()==pytest.approx(model.backbone.mean)
     twin = model_from_recipe(json.loads(json.dumps(model.recipe)))
     assert twin.state_dict().keys()==model.state_dict().keys()
 
 def test_signed_maps_are_not_clamped():
     class Signed(Tiny): signed_map = True
-    assert isinstance(reid_model(Signed, 5).pool, AvgPool) and isinstance(reid_model(Tiny, 5).pool, GeM) and isinstance(reid_model(Signed, 5, GeM).pool, GeM)
+    assert isinstance(reid_model(Signed, 5).pool, GlobalAvgPool) and isinstance(reid_model(Tiny, 5).pool, GeM) and isinstance(reid_model(Signed, 5, GeM).pool, GeM)
 
 def test_numbers_of_numpy_are_written_down():
     recipe = reid_model(resnet18, np.int64(3), head=partial(ReductionHead, n_emb=np.int64(5), dropout=np.float64(.5))).recipe
@@ -299,7 +299,7 @@ def test_recipe_leaves_pretrained_out(tmp_path):
     assert model_from_recipe(model.recipe)
 
 def test_recipe_of_a_ready_module_is_none():
-    model = tiny_model(pool=MaxPool())
+    model = tiny_model(pool=GlobalMaxPool())
     assert model.recipe['pool'] is None and model.recipe['backbone']['fn'].endswith('test_heads.Tiny')
 
 @pytest.mark.parametrize('spec,match', [(None, 'does not say'), (dict(fn='os.system', kw={}), 'not part of fastreid_nb'),

@@ -4,8 +4,8 @@ import json
 import numpy as np, pytest, torch, torch.nn.functional as F, torchvision
 from torch import nn
 
-from fastreid_nb.backbone.weights import fill
-from fastreid_nb.backbone.mobile import SplitBlock, Trunk, detect_efficientnet, detect_mobilenet, detect_shufflenet, efficientnet, mobilenet_v2, mobilenet_v3, shufflenet_v2
+from fastreid_nb.backbone.weights import fill_network
+from fastreid_nb.backbone.mobile import SplitBlock, MobileTrunk, detect_efficientnet, detect_mobilenet, detect_shufflenet, efficientnet, mobilenetv2, mobilenetv3, shufflenetv2
 from golden_files import close, golden_params, missing
 from golden_models import golden_array, golden_input, golden_name, golden_state
 
@@ -22,7 +22,7 @@ def names(k, n):
 
 def seeded(net):
     "Give a new network weights and statistics that are not all alike"
-    fill(net, from_shapes({k:tuple(v.shape) for k,v in net.state_dict().items()}))
+    fill_network(net, from_shapes({k:tuple(v.shape) for k,v in net.state_dict().items()}))
     return net.eval()
 
 def bn(x, state, k, eps=1e-5):
@@ -45,18 +45,18 @@ def test_golden_map(path):
     make,named = found[0]({k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')})
     z = np.load(path.with_name(f'{golden_name(path)}.npz'))
     net = make(last_stride=1 if z['backbone_map_shape'][2]==16 else 2).eval()
-    assert fill(net, named)==[]
+    assert fill_network(net, named)==[]
     with torch.no_grad(): fmap = net((golden_input()-mean)/std)
     assert list(fmap.shape)==z['backbone_map_shape'].tolist() and fmap.shape[1]==net.n_feat
     close(fmap.mean((2,3)), z['backbone_map_mean_hw'], rel=1e-4)
     close(fmap.flatten()[::61], z['backbone_map_every61'], rel=1e-4)
 
-counts = {**{(mobilenet_v2,w):o for w,o in zip((1.,.75,.5,.35,.25,.1), (2.22,1.36,.69,.40,.24,.08))},
-    (mobilenet_v3,'large'):2.97, (mobilenet_v3,'small'):.93, (mobilenet_v3,'large','fastreid'):4.20, (mobilenet_v3,'small','fastreid'):1.52,
-    **{(shufflenet_v2,w,'fastreid'):o for w,o in {.5:.34, 1.:1.25, 1.5:2.48, 2.:5.35}.items()},
+counts = {**{(mobilenetv2,w):o for w,o in zip((1.,.75,.5,.35,.25,.1), (2.22,1.36,.69,.40,.24,.08))},
+    (mobilenetv3,'large'):2.97, (mobilenetv3,'small'):.93, (mobilenetv3,'large','fastreid'):4.20, (mobilenetv3,'small','fastreid'):1.52,
+    **{(shufflenetv2,w,'fastreid'):o for w,o in {.5:.34, 1.:1.25, 1.5:2.48, 2.:5.35}.items()},
     **{(efficientnet,f'b{i}'):o for i,o in enumerate((4.01,6.51,7.70,10.70,17.55,28.34))}}
-channels = {mobilenet_v2:lambda *_: 1280, mobilenet_v3:lambda s,f='torchvision': dict(large=(960,1280), small=(576,1024))[s][f=='fastreid'],
-    shufflenet_v2:lambda w,_: 2048 if w==2 else 1024, efficientnet:lambda s: [1280,1280,1408,1536,1792,2048][int(s[1])]}
+channels = {mobilenetv2:lambda *_: 1280, mobilenetv3:lambda s,f='torchvision': dict(large=(960,1280), small=(576,1024))[s][f=='fastreid'],
+    shufflenetv2:lambda w,_: 2048 if w==2 else 1024, efficientnet:lambda s: [1280,1280,1408,1536,1792,2048][int(s[1])]}
 
 @pytest.mark.parametrize('last_stride', [1,2])
 @pytest.mark.parametrize('key', counts, ids=lambda k: '-'.join([k[0].__name__, *map(str, k[1:])]))
@@ -71,7 +71,7 @@ def test_sizes(key, last_stride):
     assert net.total_stride==16*last_stride
 
 @pytest.mark.parametrize('hw', [(33,17), (224,224), (64,100)])
-@pytest.mark.parametrize('make', [mobilenet_v2, mobilenet_v3, shufflenet_v2, efficientnet])
+@pytest.mark.parametrize('make', [mobilenetv2, mobilenetv3, shufflenetv2, efficientnet])
 def test_odd_sizes(make, hw):
     "A map has one place per begun stride"
     with torch.device('meta'): net = make(last_stride=1).eval()
@@ -79,18 +79,18 @@ def test_odd_sizes(make, hw):
 
 ## torchvision
 
-@pytest.mark.parametrize('make,name', [(mobilenet_v2,'mobilenet_v2'), (mobilenet_v3,'mobilenet_v3_large'), (lambda **k: mobilenet_v3('small', **k),'mobilenet_v3_small'),
-    (shufflenet_v2,'shufflenet_v2_x1_0'), (lambda **k: efficientnet('b0', **k),'efficientnet_b0')])
+@pytest.mark.parametrize('make,name', [(mobilenetv2,'mobilenet_v2'), (mobilenetv3,'mobilenet_v3_large'), (lambda **k: mobilenetv3('small', **k),'mobilenet_v3_small'),
+    (shufflenetv2,'shufflenet_v2_x1_0'), (lambda **k: efficientnet('b0', **k),'efficientnet_b0')])
 def test_equals_torchvision(make, name):
     "With the stride of classification the network is torchvision's, and its file is read under its own names"
     theirs = seeded(getattr(torchvision.models, name)())
     state,x = theirs.state_dict(),torch.rand(2, 3, 64, 32)
     net = make(last_stride=2).eval()
-    assert all(k.startswith(('classifier.','fc.')) for k in fill(net, state))
+    assert all(k.startswith(('classifier.','fc.')) for k in fill_network(net, state))
     head = theirs.fc if hasattr(theirs, 'fc') else theirs.classifier
     with torch.no_grad(): torch.testing.assert_close(head(net(x).mean((2,3))), theirs(x))
 
-@pytest.mark.parametrize('make', [mobilenet_v2, mobilenet_v3, shufflenet_v2, efficientnet])
+@pytest.mark.parametrize('make', [mobilenetv2, mobilenetv3, shufflenetv2, efficientnet])
 def test_last_stride_changes_no_weight(make):
     "Strides differ in the last stage that halves, and nowhere else"
     with torch.device('meta'): fine,coarse = make(last_stride=1),make(last_stride=2)
@@ -132,12 +132,12 @@ def v3_reference(x, state, rows):
 @pytest.mark.parametrize('size', v3_rows)
 def test_mobilenet_v3_of_fastreid(size):
     "The named form equals a plain forward pass with eps 1e-5 and the last convolution; the other form's eps does not"
-    with torch.device('meta'): shapes = {k:tuple(v.shape) for k,v in mobilenet_v3(size, form='fastreid').state_dict().items()}
+    with torch.device('meta'): shapes = {k:tuple(v.shape) for k,v in mobilenetv3(size, form='fastreid').state_dict().items()}
     assert shapes['conv.0.weight']==dict(large=(1280,960,1,1), small=(1024,576,1,1))[size]
     state,x = from_shapes(shapes),torch.rand(2, 3, 64, 32)
     make,named = detect_mobilenet(state)
     net = make().eval()
-    fill(net, named)
+    fill_network(net, named)
     want = v3_reference(x, state, v3_rows[size])
     with torch.no_grad(): close(net(x), want)
     for m in net.modules():
@@ -149,7 +149,7 @@ def test_mobilenet_v3_of_fastreid(size):
 @pytest.mark.parametrize('width,mid', [(.5,24), (1.,58), (1.5,88), (2.,122)])
 def test_authors_shufflenet_is_another_network(width, mid):
     "Shapes of the first block as the authors have them, and another map than torchvision's with the same numbers"
-    net = shufflenet_v2(width, form='fastreid')
+    net = shufflenetv2(width, form='fastreid')
     first = net.stage2[0]
     assert (first.branch1[2].weight.shape[:2], first.branch2[5].weight.shape[:2])==((24,24), (2*mid-24,mid))
     make,_ = detect_shufflenet(net.state_dict())
@@ -205,7 +205,7 @@ def test_efficientnet_of_pycls(last_stride):
     state,x = from_shapes(pycls_effnet_shapes(**b0)),torch.rand(2, 3, 64, 32)
     make,named = detect_efficientnet(state)
     net = make(last_stride=last_stride).eval()
-    assert make.args==('b0',) and fill(net, named)==['classifier.1.weight','classifier.1.bias']
+    assert make.args==('b0',) and fill_network(net, named)==['classifier.1.weight','classifier.1.bias']
     with torch.no_grad(): close(net(x), effnet_reference(x, state, b0['depths'], b0['strides'], last_stride), rel=1e-4)
 
 pycls_sizes = {'b1':((2,3,3,4,4,5,2),(16,24,40,80,112,192,320),32,1280), 'b2':((2,3,3,4,4,5,2),(16,24,48,88,120,208,352),32,1408),
@@ -238,8 +238,8 @@ def test_drop(drop):
 
 ## Detection and files
 
-makes = [lambda: mobilenet_v2(.35), lambda: mobilenet_v3('large'), lambda: mobilenet_v3('small', form='fastreid'), lambda: shufflenet_v2(2.),
-    lambda: shufflenet_v2(1., form='fastreid'), lambda: efficientnet('b2')]
+makes = [lambda: mobilenetv2(.35), lambda: mobilenetv3('large'), lambda: mobilenetv3('small', form='fastreid'), lambda: shufflenetv2(2.),
+    lambda: shufflenetv2(1., form='fastreid'), lambda: efficientnet('b2')]
 
 @pytest.mark.parametrize('make', makes)
 def test_own_names_are_detected(make):
@@ -277,12 +277,12 @@ def old_v2(state):
     return res
 
 def test_pretrained_reads_either_naming(tmp_path):
-    net = seeded(mobilenet_v2(.1))
+    net = seeded(mobilenetv2(.1))
     old = old_v2(net.state_dict())
     assert 'features.1.conv.3.weight' in old and 'features.17.conv.7.running_var' in old and 'conv.1.bias' in old
     for i,state in enumerate((net.state_dict(), {**old, 'classifier.weight':torch.zeros(2, 2)})):
         torch.save(state, tmp_path/f'{i}.pth')
-        read = mobilenet_v2(.1, pretrained=tmp_path/f'{i}.pth')
+        read = mobilenetv2(.1, pretrained=tmp_path/f'{i}.pth')
         assert all(torch.equal(a, b) for a,b in zip(read.state_dict().values(), net.state_dict().values()))
 
 def old_shuffle(state):
@@ -294,13 +294,13 @@ def old_shuffle(state):
 @pytest.mark.parametrize('width', [.5,1.])
 def test_pretrained_never_mixes_the_orders_of_channels(width, tmp_path):
     "A file of the authors fits their form alone, and torchvision's file its own, even where all shapes agree"
-    net = seeded(shufflenet_v2(width, form='fastreid'))
+    net = seeded(shufflenetv2(width, form='fastreid'))
     torch.save({**old_shuffle(net.state_dict()), 'classifier.0.weight':torch.zeros(2, 1024)}, tmp_path/'authors.pth')
     torch.save(getattr(torchvision.models, f'shufflenet_v2_x{width}'.replace('.', '_'))().state_dict(), tmp_path/'tv.pth')
-    read,x = shufflenet_v2(width, form='fastreid', pretrained=tmp_path/'authors.pth').eval(),torch.rand(1, 3, 64, 32)
+    read,x = shufflenetv2(width, form='fastreid', pretrained=tmp_path/'authors.pth').eval(),torch.rand(1, 3, 64, 32)
     with torch.no_grad(): assert torch.equal(read(x), net(x))
-    with pytest.raises(ValueError, match='does not fit'): shufflenet_v2(width, pretrained=tmp_path/'authors.pth')
-    with pytest.raises(ValueError, match='order of channels'): shufflenet_v2(width, form='fastreid', pretrained=tmp_path/'tv.pth')
+    with pytest.raises(ValueError, match='does not fit'): shufflenetv2(width, pretrained=tmp_path/'authors.pth')
+    with pytest.raises(ValueError, match='order of channels'): shufflenetv2(width, form='fastreid', pretrained=tmp_path/'tv.pth')
 
 def test_pretrained_efficientnet_of_pycls(tmp_path):
     torch.save(from_shapes(pycls_effnet_shapes(**b0)), tmp_path/'b0.pyth')
@@ -310,12 +310,12 @@ def test_pretrained_efficientnet_of_pycls(tmp_path):
 def test_pretrained_v3_leaves_only_the_last_convolution_untrained(tmp_path):
     theirs = seeded(torchvision.models.mobilenet_v3_small())
     torch.save(theirs.state_dict(), tmp_path/'v3.pth')
-    net = mobilenet_v3('small', form='fastreid', pretrained=tmp_path/'v3.pth')
+    net = mobilenetv3('small', form='fastreid', pretrained=tmp_path/'v3.pth')
     same = {k:torch.equal(v, theirs.state_dict()[k]) for k,v in net.state_dict().items() if not k.startswith('conv.')}
     assert all(same.values()) and len(same)==len(net.state_dict())-6
 
-@pytest.mark.parametrize('make,url', [(mobilenet_v2,'mobilenet_v2-'), (lambda **k: mobilenet_v3('small', **k),'mobilenet_v3_small-'),
-    (lambda **k: shufflenet_v2(1.5, **k),'shufflenetv2_x1_5-'), (lambda **k: efficientnet('b1', **k),'efficientnet_b1_')])
+@pytest.mark.parametrize('make,url', [(mobilenetv2,'mobilenet_v2-'), (lambda **k: mobilenetv3('small', **k),'mobilenet_v3_small-'),
+    (lambda **k: shufflenetv2(1.5, **k),'shufflenetv2_x1_5-'), (lambda **k: efficientnet('b1', **k),'efficientnet_b1_')])
 def test_pretrained_addresses(make, url, monkeypatch):
     asked = []
     def stop(u):
@@ -325,23 +325,23 @@ def test_pretrained_addresses(make, url, monkeypatch):
     with pytest.raises(FileNotFoundError): make(pretrained=True)
     assert asked[0].startswith(f'https://download.pytorch.org/models/{url}')
 
-@pytest.mark.parametrize('make,match', [(lambda: mobilenet_v2(.7), 'width=0.7'), (lambda: mobilenet_v2('1.0'), "width='1.0'"),
-    (lambda: mobilenet_v2(last_stride=4), 'last_stride=4'), (lambda: mobilenet_v3('medium'), "size='medium'"), (lambda: mobilenet_v3(form='x'), "form='x'"),
-    (lambda: shufflenet_v2(3.), 'width=3.0'), (lambda: shufflenet_v2(form='x'), "form='x'"), (lambda: efficientnet('b9'), "size='b9'"),
+@pytest.mark.parametrize('make,match', [(lambda: mobilenetv2(.7), 'width=0.7'), (lambda: mobilenetv2('1.0'), "width='1.0'"),
+    (lambda: mobilenetv2(last_stride=4), 'last_stride=4'), (lambda: mobilenetv3('medium'), "variant='medium'"), (lambda: mobilenetv3(form='x'), "form='x'"),
+    (lambda: shufflenetv2(3.), 'width=3.0'), (lambda: shufflenetv2(form='x'), "form='x'"), (lambda: efficientnet('b9'), "variant='b9'"),
     (lambda: efficientnet(drop=1.), 'drop=1.0'), (lambda: efficientnet(drop=-.1), 'drop=-0.1'), (lambda: efficientnet(form='x'), "form='x'"),
-    (lambda: mobilenet_v2(.5, pretrained=True), 'width=0.5'), (lambda: shufflenet_v2(form='fastreid', pretrained=True), "form='fastreid'"),
+    (lambda: mobilenetv2(.5, pretrained=True), 'width=0.5'), (lambda: shufflenetv2(form='fastreid', pretrained=True), "form='fastreid'"),
     (lambda: efficientnet(form='fastreid', pretrained=True), "form='fastreid'")])
 def test_bad_arguments(make, match):
     with torch.device('meta'), pytest.raises(ValueError, match=match): make()
 
 def test_wrong_file_loads_nothing(tmp_path):
-    torch.save(mobilenet_v2(.1).state_dict(), tmp_path/'small.pth')
-    with pytest.raises(ValueError, match='does not fit'): mobilenet_v2(.25, pretrained=tmp_path/'small.pth')
-    with pytest.raises(FileNotFoundError, match='nowhere'): mobilenet_v2(.25, pretrained=tmp_path/'nowhere.pth')
+    torch.save(mobilenetv2(.1).state_dict(), tmp_path/'small.pth')
+    with pytest.raises(ValueError, match='does not fit'): mobilenetv2(.25, pretrained=tmp_path/'small.pth')
+    with pytest.raises(FileNotFoundError, match='nowhere'): mobilenetv2(.25, pretrained=tmp_path/'nowhere.pth')
 
 def test_gradients_reach_every_weight():
     "No surgery cuts a branch off"
     x = torch.randn(2, 3, 64, 32)
-    for net in (mobilenet_v3('small', 1, 'fastreid'), shufflenet_v2(.5, 1, 'fastreid'), mobilenet_v2(.1, 1)):
+    for net in (mobilenetv3('small', 1, 'fastreid'), shufflenetv2(.5, 1, 'fastreid'), mobilenetv2(.1, 1)):
         net(x).square().mean().backward()
-        assert [k for k,p in net.named_parameters() if p.grad is None]==[] and isinstance(net, Trunk)
+        assert [k for k,p in net.named_parameters() if p.grad is None]==[] and isinstance(net, MobileTrunk)

@@ -108,7 +108,7 @@ def test_ghost_without_weights_and_statistics():
     close(m(x)[::2], F.batch_norm(x[::2], None, None, training=True))
     close(m.eval()(x), F.batch_norm(x, None, None, training=True))
 
-@pytest.mark.parametrize('shape,match', [((5,6,2,2), 'batch of 5 pictures.*splits=2.*multiple of 2'), ((4,5,2,2), r'\(B,6,\.\.\.\), got \(4, 5, 2, 2\)'), ((6,), 'B,6')])
+@pytest.mark.parametrize('shape,match', [((5,6,2,2), 'batch of 5 images.*splits=2.*multiple of 2'), ((4,5,2,2), r'\(B,6,\.\.\.\), got \(4, 5, 2, 2\)'), ((6,), 'B,6')])
 def test_ghost_errors(shape, match):
     with pytest.raises(ValueError, match=match): GhostNorm(6, 2)(torch.zeros(shape))
 

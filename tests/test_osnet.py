@@ -7,7 +7,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from torch import nn
 
 from fastreid_nb.backbone.resnet import resnet18, resnet50
-from fastreid_nb.backbone.weights import fill, weights_by_hand
+from fastreid_nb.backbone.weights import fill_network, weights_by_hand
 from fastreid_nb.heads.rebuild import model_from_recipe
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.weights.load import load_pretrained
@@ -34,10 +34,10 @@ def test_golden_model(path):
     state = {k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')}
     make,state = detect_osnet(state)
     net = make().eval()
-    fill(net, state)
+    fill_network(net, state)
     mean,std = (torch.tensor(o).view(1, 3, 1, 1) for o in ((0.485,0.456,0.406), (0.229,0.224,0.225)))
     with torch.no_grad(): fmap = net((golden_input()-mean)/std)
-    assert list(fmap.shape)==z['backbone_map_shape'].tolist() and make.keywords==dict(width=path.name.split('.')[0][6:], kind='plain')
+    assert list(fmap.shape)==z['backbone_map_shape'].tolist() and make.keywords==dict(variant='plain', width=path.name.split('.')[0][6:])
     close(fmap.mean((2,3)), z['backbone_map_mean_hw'], rel=1e-4)
     close(fmap.flatten()[::61], z['backbone_map_every61'], rel=1e-4)
 
@@ -99,7 +99,7 @@ def torchreid_fc(n_feat): return nn.Sequential(nn.Linear(n_feat, 512), nn.BatchN
 
 def torchreid_file(width, kind, prefix=''):
     "A dictionary with all of a torchreid file's names"
-    net,fc = shake(osnet(width, kind)),shake(torchreid_fc(widths[width]))
+    net,fc = shake(osnet(kind, width)),shake(torchreid_fc(widths[width]))
     state = {torchreid_name(k, kind):v for k,v in net.state_dict().items()} | {f'fc.{k}':v for k,v in fc.state_dict().items()}
     return {f'{prefix}{k}':v for k,v in (state|{'classifier.weight':torch.zeros(7, 512), 'classifier.bias':torch.zeros(7)}).items()}
 
@@ -109,8 +109,8 @@ def test_torchreid_feature(kind):
     file = torchreid_file('x0_25', kind)
     make,state = detect_osnet(file)
     net,fc = make().eval(),torchreid_fc(128).eval()
-    assert make.keywords==dict(width='x0_25', kind=kind) and {o.split('.')[0] for o in fill(net, state)}=={'fc','classifier'}
-    fill(fc, {k[3:]:v for k,v in state.items() if k.startswith('fc.')})
+    assert make.keywords==dict(variant=kind, width='x0_25') and {o.split('.')[0] for o in fill_network(net, state)}=={'fc','classifier'}
+    fill_network(fc, {k[3:]:v for k,v in state.items() if k.startswith('fc.')})
     x = torch.rand(2, 3, 64, 32)
     with torch.no_grad(): close(fc(net(x).mean((2,3))), Torchreid(file).feature(x), rel=1e-5)
 
@@ -122,14 +122,14 @@ def test_torchreid_model(kind, tmp_path):
     model = load_pretrained(tmp_path/'o.pth', verbose=False)
     plain = {k.removeprefix('module.'):v for k,v in file.items()}
     with torch.no_grad(): close(model(x), Torchreid(plain).feature((x-model.mean)/model.std), rel=1e-5)
-    assert model.recipe['backbone']['kw']==dict(width='x0_25', kind=kind)
+    assert model.recipe['backbone']['kw']==dict(variant=kind, width='x0_25')
 
 @pytest.mark.parametrize('width,kind', list(product(widths, kinds)))
 def test_every_file_is_recognised(width, kind):
-    with torch.device('meta'): state = osnet(width, kind).state_dict()
+    with torch.device('meta'): state = osnet(kind, width).state_dict()
     for file in (state, {torchreid_name(k, kind):v for k,v in state.items()}):
         make,got = detect_osnet(file | {'fc.0.weight':torch.zeros(512, 4)})
-        assert make.func is osnet and make.keywords==dict(width=width, kind=kind)
+        assert make.func is osnet and make.keywords==dict(variant=kind, width=width)
         assert set(got)-set(state)=={'fc.0.weight'} and all(got[k].shape==v.shape for k,v in state.items())
 
 def test_names_of_a_numbered_file_are_torchreids():
@@ -147,27 +147,27 @@ def test_other_families_are_left_alone():
 @pytest.mark.parametrize('width,kind', [('x1_0','plain'), ('x0_75','ibn'), ('x0_5','ain'), ('x0_25','plain'), ('x0_25','ain')])
 def test_shapes(width, kind):
     with torch.device('meta'):
-        net = osnet(width, kind)
+        net = osnet(kind, width)
         y = net(torch.zeros(2, 3, 256, 128))
     assert y.shape==(2, widths[width], 16, 8)==(2, net.n_feat, 256//net.total_stride, 128//net.total_stride)
 
 @pytest.mark.parametrize('h,w', [(16,16), (37,21), (160,64), (33,100)])
 def test_odd_sizes(h, w):
-    with torch.device('meta'): assert osnet('x0_25')(torch.zeros(2, 3, h, w)).shape[2:]==(-(-h//4)//4, -(-w//4)//4)
+    with torch.device('meta'): assert osnet(width='x0_25')(torch.zeros(2, 3, h, w)).shape[2:]==(-(-h//4)//4, -(-w//4)//4)
 
 def test_parameter_counts():
     "The counts of the reference implementation, and with `fc` those of torchreid's model zoo"
     def n(m): return sum(p.numel() for p in m.parameters())/1e6
     with torch.device('meta'):
-        counts = {w:n(osnet(w)) for w in widths}
-        zoo = {w:round(n(osnet(w))+n(torchreid_fc(c)), 1) for w,c in widths.items()}
+        counts = {w:n(osnet(width=w)) for w in widths}
+        zoo = {w:round(n(osnet(width=w))+n(torchreid_fc(c)), 1) for w,c in widths.items()}
     assert (round(counts['x1_0'], 2), round(counts['x0_25'], 2))==(1.91, 0.13)
     assert zoo=={'x1_0':2.2, 'x0_75':1.3, 'x0_5':0.6, 'x0_25':0.2}
 
 @pytest.mark.parametrize('kind,norms,inside', [('plain', [], False), ('ibn', ['conv1.bn','conv2.0.IN','conv2.1.IN'], False),
     ('ain', ['conv1.bn','conv2.0.IN','conv2.1.IN','conv3.1.IN','conv4.0.IN'], True)])
 def test_places_of_instance_norm(kind, norms, inside):
-    with torch.device('meta'): net = osnet('x0_5', kind)
+    with torch.device('meta'): net = osnet(kind, 'x0_5')
     assert [n for n,m in net.named_modules() if isinstance(m, nn.InstanceNorm2d)]==norms
     for n,m in net.named_modules():
         if isinstance(m, OSBlock): assert hasattr(m.conv3, 'bn')!=(inside and f'{n}.IN' in norms)
@@ -175,7 +175,7 @@ def test_places_of_instance_norm(kind, norms, inside):
 @pytest.mark.parametrize('kind', kinds)
 def test_all_weights_are_trained(kind):
     torch.manual_seed(0)
-    net = osnet('x0_25', kind).train()
+    net = osnet(kind, 'x0_25').train()
     net(torch.rand(4, 3, 64, 32)).square().mean().backward()
     assert not [n for n,p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert len([n for n,p in net.named_parameters() if p.grad.abs().max()==0])<5
@@ -204,17 +204,17 @@ def ain_file(tmp_path):
 
 def test_pretrained(ain_file, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(ain_file.parent.parent))
-    want = shake(osnet('x0_25', 'ain')).state_dict()
+    want = shake(osnet('ain', 'x0_25')).state_dict()
     for src in (ain_file, str(ain_file), True):
-        net = osnet('x0_25', 'ain', pretrained=src)
+        net = osnet('ain', 'x0_25', pretrained=src)
         assert all(torch.equal(v, want[k]) for k,v in net.state_dict().items())
 
 @pytest.mark.parametrize('width,kind,name', [('x1_0','plain','osnet_x1_0_imagenet.pth'), ('x1_0','ibn','osnet_ibn_x1_0_imagenet.pth'),
     ('x0_5','ain','osnet_ain_x0_5_imagenet.pth')])
 def test_pretrained_by_hand_says_what_to_do(width, kind, name, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    with pytest.raises(FileNotFoundError) as e: osnet(width, kind, pretrained=True)
-    for part in (osnet_page(width, kind), str(tmp_path/'checkpoints'/name), 'pretrained=False'): assert part in str(e.value)
+    with pytest.raises(FileNotFoundError) as e: osnet(kind, width, pretrained=True)
+    for part in (osnet_page(kind, width), str(tmp_path/'checkpoints'/name), 'pretrained=False'): assert part in str(e.value)
 
 def test_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
@@ -224,23 +224,23 @@ def test_by_hand(tmp_path, monkeypatch):
     assert weights_by_hand('https://there', 'a.pth')==tmp_path/'checkpoints/a.pth'
 
 def test_pages():
-    pages = [osnet_page(w, k) for w,k in product(widths, kinds) if k!='ibn' or w=='x1_0']
+    pages = [osnet_page(k, w) for w,k in product(widths, kinds) if k!='ibn' or w=='x1_0']
     assert len(set(pages))==9 and all(re.fullmatch(r'https://drive\.google\.com/file/d/[\w-]{33}/view', o) for o in pages)
     for w in list(widths)[1:]:
-        with pytest.raises(ValueError, match="x1_0"): osnet_page(w, 'ibn')
+        with pytest.raises(ValueError, match="x1_0"): osnet_page('ibn', w)
 
-@pytest.mark.parametrize('kw', [dict(width='x0_25', kind='plain'), dict(width='x0_25', kind='ibn'), dict(width='x0_5', kind='ain')])
+@pytest.mark.parametrize('kw', [dict(variant='plain', width='x0_25'), dict(variant='ibn', width='x0_25'), dict(variant='ain', width='x0_5')])
 def test_a_file_of_another_network(ain_file, kw):
     with pytest.raises(ValueError, match='does not fit'): osnet(**kw, pretrained=ain_file)
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'): osnet(pretrained=tmp_path/'nowhere.pth')
 
-@pytest.mark.parametrize('fn,match', [(partial(osnet, 'x2_0'), "width='x2_0'.*x0_75"), (partial(osnet, kind='in'), "kind='in'.*ain"), (partial(osnet, width=1.), 'width=1.0'),
-    (partial(osnet_page, kind='in'), "kind='in'"), (partial(OSBlock, 16, 64, 'before'), "norm='before'.*inside")])
+@pytest.mark.parametrize('fn,match', [(partial(osnet, width='x2_0'), "width='x2_0'.*x0_75"), (partial(osnet, variant='in'), "variant='in'.*ain"), (partial(osnet, width=1.), 'width=1.0'),
+    (partial(osnet_page, variant='in'), "variant='in'"), (partial(OSBlock, 16, 64, 'before'), "norm='before'.*inside")])
 def test_bad_arguments(fn, match):
     with pytest.raises(ValueError, match=match): fn()
 
 def test_recipe():
-    model = reid_model(partial(osnet, 'x0_25', kind='ain'), 5)
+    model = reid_model(partial(osnet, 'ain', width='x0_25'), 5)
     assert list(model_from_recipe(model.recipe).state_dict())==list(model.state_dict())

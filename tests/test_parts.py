@@ -7,10 +7,10 @@ from torch import nn
 
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.backbone.resnet import resnet18, resnet18_ibn, resnet34, resnet50, resnext50
-from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
 from fastreid_nb.heads.parts import MGNHead, RefinedPool, StripePool, cells, cut_stages, detect_mgn, full_height, mgn, part_head, pcb, row_reach
-from fastreid_nb.pooling.core import MaxPool
+from fastreid_nb.pooling.core import GlobalMaxPool
 from fastreid_nb.backbone.resnest import resnest
 from fastreid_nb.train.schedules import FreezeBackbone
 from fastreid_nb.train.checkpoint import load_reid, save_reid
@@ -18,7 +18,7 @@ from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
 
 makers = dict(pcb=partial(pcb, n_parts=3), refined=partial(pcb, n_parts=3, refined=True), mgn=mgn, era=partial(mgn, variant='2020'),
-              grid=partial(mgn, grid=True), pool=partial(mgn, feat='pool', pool=MaxPool, cosine=True))
+              grid=partial(mgn, grid=True), pool=partial(mgn, feat='pool', pool=GlobalMaxPool, cosine=True))
 order = ['b1','b2','b3','b21','b22','b31','b32','b33']
 pid = torch.arange(4).repeat_interleave(2)
 
@@ -51,7 +51,7 @@ def golden_mgn(path):
     if found is None: missing(f'{path.name}: no MGN')
     fn,ours = found
     model = fn(backbone=partial(fn.keywords['backbone'], stem_pool='ceil'))
-    assert fill(model, ours)==[]
+    assert fill_network(model, ours)==[]
     return model.eval(),state
 
 @pytest.mark.parametrize('path', golden_params('models/MGN*.keys.json'))
@@ -72,7 +72,7 @@ def check_era_a(today, state):
     fn,ours = detect_mgn(old)
     assert fn.keywords['variant']=='2020' and detect_mgn(state)[0].keywords['variant']=='current'
     model = fn(backbone=partial(fn.keywords['backbone'], stem_pool='ceil'))
-    assert fill(model, ours)==[]
+    assert fill_network(model, ours)==[]
     with torch.no_grad():
         mid = today.fmap(golden_input())
         b1,b2,b3 = (o(mid) for o in today.head.branches)
@@ -167,7 +167,7 @@ def test_refined_pool_can_be_stripes():
 
 def test_induced_training():
     trained,soft = make('pcb'),make('refined')
-    assert fill(soft, trained.state_dict(), new=('head.parts.',))==[]
+    assert fill_network(soft, trained.state_dict(), new=('head.parts.',))==[]
     soft.requires_grad_(False).head.parts.requires_grad_(True)
     torch.stack([F.cross_entropy(o, pid) for o in soft(batch()).logits]).mean().backward()
     assert [n for n,p in soft.named_parameters() if p.grad is not None and p.grad.abs().sum()>0]==['head.parts.classify.weight']

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np, pytest, torch, torch.nn.functional as F
 
 from fastreid_nb.pooling.parts import ABPool, AttentionPool, FlattenPool, GridGeM, row_votes, strip_borders
-from fastreid_nb.pooling.core import AvgMaxPool, AvgPool, ClipAvgPool, GeM, MaxPool, full_precision, narrow_to
+from fastreid_nb.pooling.core import AvgMaxPool, GlobalAvgPool, ClipAvgPool, GeM, GlobalMaxPool, full_precision, narrow_to
 from golden_files import close, golden_files, missing
 
 def seeded(pool, seed=0):
@@ -17,14 +17,14 @@ def seeded(pool, seed=0):
 
 def attention(n_feat=5, **kwargs): return seeded(AttentionPool(n_feat, **kwargs))
 
-pools = [AvgPool, MaxPool, GeM, partial(GeM, p=1.5, learn=False)]
+pools = [GlobalAvgPool, GlobalMaxPool, GeM, partial(GeM, p=1.5, learn=False)]
 plain = pools+[AvgMaxPool, ClipAvgPool, attention, partial(attention, shared=True)] # one value per channel, order of positions is nothing
 split = [partial(FlattenPool, (4,2)), partial(GridGeM, (2,2)), partial(GridGeM, (3,1)), ABPool, partial(ABPool, 2, p=1.5)]
 
 def maps(b=3, dtype=torch.float32, h=4, w=2, seed=0):
     return torch.rand(b, 5, h, w, generator=torch.Generator().manual_seed(seed)).to(dtype)+.1
 
-built = dict(GlobalAvgPool=AvgPool, FastGlobalAvgPool=AvgPool, GlobalMaxPool=MaxPool, AdaptiveAvgMaxPool=AvgMaxPool,
+built = dict(GlobalAvgPool=GlobalAvgPool, FastGlobalAvgPool=GlobalAvgPool, GlobalMaxPool=GlobalMaxPool, AdaptiveAvgMaxPool=AvgMaxPool,
              ClipGlobalAvgPool=ClipAvgPool, GeneralizedMeanPooling=partial(GeM, learn=False), GeneralizedMeanPoolingP=GeM)
 golden_key = re.compile(r'(?P<inp>x|relu)_(?P<name>[A-Za-z]+?)(_p(?P<p>[\d.]+))?(_out(?P<h>\d+)x(?P<w>\d+))?(_(?P<what>shape|flatten|grad_\w+))?')
 
@@ -57,7 +57,7 @@ def test_golden_pooling(path, key):
     close(got[what](), z[key])
 
 @pytest.mark.parametrize('pool,expected', [
-    (AvgPool, [.069217,.172744,-.119485,-.137974,.159636,.09152]), (MaxPool, [.909297,.990607,.912945,.956376,.999912,.901788]),
+    (GlobalAvgPool, [.069217,.172744,-.119485,-.137974,.159636,.09152]), (GlobalMaxPool, [.909297,.990607,.912945,.956376,.999912,.901788]),
     (GeM, [.588921,.665661,.552595,.550971,.653903,.604254]), (ClipAvgPool, [.069217,.172744,0,0,.159636,.09152])])
 def test_sine(pool, expected):
     y = pool()(torch.arange(48.).sin().view(2, 3, 4, 2))
@@ -127,8 +127,8 @@ def test_gem_grows_from_average_to_maximum():
     x = torch.rand(4, 7, 8, 4)
     ys = torch.stack([GeM(p)(x) for p in (1, 2, 3, 6.5, 20, 100, 2000)])
     assert (ys.diff(dim=0)>=-1e-6).all()
-    torch.testing.assert_close(ys[0], AvgPool()(x))
-    torch.testing.assert_close(ys[-1], MaxPool()(x), rtol=5e-3, atol=0)
+    torch.testing.assert_close(ys[0], GlobalAvgPool()(x))
+    torch.testing.assert_close(ys[-1], GlobalMaxPool()(x), rtol=5e-3, atol=0)
 
 @pytest.mark.parametrize('scale', [1e-20, 1e-3, 1., 1e4, 1e20, 1e30])
 def test_gem_never_overflows(scale):
@@ -207,7 +207,7 @@ def test_attention_against_a_loop(shared):
 
 def test_attention_starts_as_the_average_and_can_learn():
     x,pool = maps(),AttentionPool(5)
-    torch.testing.assert_close(pool(x), AvgPool()(x))
+    torch.testing.assert_close(pool(x), GlobalAvgPool()(x))
     pool(x).square().sum().backward()
     assert pool.score.weight.grad.abs().min()>0 and [n for n,_ in pool.named_parameters()]==['score.weight']
 
@@ -359,3 +359,11 @@ def test_sizes_from_a_saved_recipe(): assert GridGeM([4,2]).grid==(4,2) and Flat
 
 def test_layers_show_their_settings():
     assert 'grid=(4, 2), p=3' in repr(GridGeM()) and 'parts=3, p=3' in repr(ABPool()) and 'size=(1, 1)' in repr(FlattenPool())
+
+@pytest.mark.parametrize('amp', [False,True])
+@pytest.mark.parametrize('make', plain+split)
+def test_one_graph(make, amp):
+    "torch.compile takes the layer whole, under autocast too"
+    torch._dynamo.reset()
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp): res = torch._dynamo.explain(make())(maps())
+    assert (res.graph_count, res.graph_break_count)==(1,0), [str(o.reason) for o in res.break_reasons]

@@ -11,7 +11,7 @@ from fastreid_nb.heads.model import reid_model
 from fastreid_nb.backbone.osnet import osnet
 from fastreid_nb.pooling.parts import FlattenPool
 from fastreid_nb.heads.parts import mgn
-from fastreid_nb.pooling.core import AvgPool, GeM
+from fastreid_nb.pooling.core import GlobalAvgPool, GeM
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.weights.core import detect_backbone, read_config
 from fastreid_nb.weights.load import load_pretrained
@@ -62,7 +62,7 @@ def test_golden_half_state(path, kind, tmp_path):
 
 ## Synthetic checkpoints of every kind
 
-def a_model(**kw): return reid_model(**dict(dict(n_pids=6, backbone=partial(resnet18, ibn=True), pool=AvgPool), **kw)).eval()
+def a_model(**kw): return reid_model(**dict(dict(n_pids=6, backbone=partial(resnet18, ibn=True), pool=GlobalAvgPool), **kw)).eval()
 
 def shaken(model):
     "The same model with no entry left at its start value"
@@ -167,12 +167,12 @@ def test_bagtricks_forgot_a_relu(tmp_path):
 @pytest.mark.parametrize('kind', ['plain','ain'])
 def test_torchreid_osnet(kind, tmp_path):
     head = partial(ReductionHead, n_emb=512, neck=False, bias=True, norm=True, act='relu')
-    model = shaken(a_model(backbone=partial(osnet, 'x0_25', kind), head=head))
+    model = shaken(a_model(backbone=partial(osnet, kind, 'x0_25'), head=head))
     state = rename(model.state_dict(), (r'^backbone\.', ''), (r'^head\.reduce', 'fc.0'), (r'^head\.post\.0', 'fc.1'), (r'^head\.', ''))
     state = {f'module.{k}':v for k,v in state.items()}|{'module.classifier.bias':torch.zeros(6)}
     loaded = same_features(model, write(tmp_path, dict(state_dict=state, epoch=60, rank1=np.float64(.9), optimizer={})))
     assert loaded.origin.source=='torchreid' and list(loaded.origin.dropped)==['classifier.bias']
-    assert loaded.recipe['backbone']['kw']['kind']==kind
+    assert loaded.recipe['backbone']['kw']['variant']==kind
 
 def test_torchreid_resnet(tmp_path):
     model = shaken(a_model(head=LinearHead, backbone=partial(resnet50, last_stride=2)))
@@ -319,7 +319,7 @@ def test_no_option_is_ignored(tmp_path):
         def __init__(self): super().__init__(nn.Conv2d(3, 4, 3, 2))
     path = write(tmp_path, fastreid(a_model(backbone=Mine), 'C'))
     with pytest.raises(ValueError, match='no option last_stride'): quiet(path, backbone=Mine, last_stride=1)
-    path = write(tmp_path, fastreid(a_model(backbone=partial(osnet, 'x0_25')), 'C'))
+    path = write(tmp_path, fastreid(a_model(backbone=partial(osnet, width='x0_25')), 'C'))
     with pytest.raises(ValueError, match='no option last_stride'): quiet(path, last_stride=1)
 
 def test_our_file_takes_no_arguments(tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models.regnet import BlockParams
 
 from fastreid_nb.backbone import regnet as rn
-from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.backbone.mobile import detect_efficientnet, detect_mobilenet, detect_shufflenet
 from fastreid_nb.backbone.regnet import detect_regnet, regnet, regnet_params
 from golden_files import close, golden_params, missing
@@ -15,10 +15,10 @@ from golden_models import golden_array, golden_input, golden_name, golden_state
 mean,std = (torch.tensor(o).view(1, 3, 1, 1) for o in ((.485,.456,.406), (.229,.224,.225)))
 
 published = { # widths, depths, group, channels out, millions of parameters without a classifier
-    '200x':([24,56,152,368],[1,1,4,7],8,2.32), '400x':([32,64,160,384],[1,2,7,12],16,4.77), '800x':([64,128,288,672],[1,3,7,5],16,6.59),
-    '1600x':([72,168,408,912],[2,4,10,2],24,8.28), '3200x':([96,192,432,1008],[2,6,15,2],48,14.29), '4000x':([80,240,560,1360],[2,5,14,2],40,20.76),
-    '6400x':([168,392,784,1624],[2,4,10,1],56,24.58), '800y':([64,128,320,768],[1,3,8,2],16,5.49)}
-y_sizes = {'200y':(368,2.79), '400y':(440,3.90), '800y':(768,5.49), '1600y':(888,10.31), '3200y':(1512,17.92), '4000y':(1088,19.56), '6400y':(1296,29.29)}
+    'x_200mf':([24,56,152,368],[1,1,4,7],8,2.32), 'x_400mf':([32,64,160,384],[1,2,7,12],16,4.77), 'x_800mf':([64,128,288,672],[1,3,7,5],16,6.59),
+    'x_1_6gf':([72,168,408,912],[2,4,10,2],24,8.28), 'x_3_2gf':([96,192,432,1008],[2,6,15,2],48,14.29), 'x_4gf':([80,240,560,1360],[2,5,14,2],40,20.76),
+    'x_6_4gf':([168,392,784,1624],[2,4,10,1],56,24.58), 'y_800mf':([64,128,320,768],[1,3,8,2],16,5.49)}
+y_sizes = {'y_200mf':(368,2.79), 'y_400mf':(440,3.90), 'y_800mf':(768,5.49), 'y_1_6gf':(888,10.31), 'y_3_2gf':(1512,17.92), 'y_4gf':(1088,19.56), 'y_6_4gf':(1296,29.29)}
 
 def millions(net): return round(sum(p.numel() for p in net.parameters())/1e6, 2)
 
@@ -26,7 +26,7 @@ def millions(net): return round(sum(p.numel() for p in net.parameters())/1e6, 2)
 def test_published_stages(size):
     widths,depths,group,n = published[size]
     p = regnet_params(size)
-    assert (p.widths, p.depths, p.group_widths, p.se_ratio)==(widths, depths, [group]*4, .25 if size[-1]=='y' else None)
+    assert (p.widths, p.depths, p.group_widths, p.se_ratio)==(widths, depths, [group]*4, .25 if size[0]=='y' else None)
     with torch.device('meta'): net = regnet(size)
     assert (millions(net), net.n_feat)==(n, widths[-1])
 
@@ -47,7 +47,7 @@ def test_rule(size):
     assert vars(q)==vars(BlockParams.from_init_params(depth, w0, wa, wm, group, se_ratio=p.se_ratio))
 
 @pytest.mark.parametrize('last_stride', [1,2])
-@pytest.mark.parametrize('size', ['200x','600y'])
+@pytest.mark.parametrize('size', ['x_200mf','y_600mf'])
 def test_map_size(size, last_stride):
     with torch.device('meta'):
         net = regnet(size, last_stride)
@@ -56,25 +56,25 @@ def test_map_size(size, last_stride):
     assert net.total_stride==16*last_stride
 
 def test_last_stride_changes_only_the_last_stage():
-    with torch.device('meta'): nets = [regnet('200y', o) for o in (1,2)]
+    with torch.device('meta'): nets = [regnet('y_200mf', o) for o in (1,2)]
     strides = [{k:m.stride for k,m in o.named_modules() if isinstance(m, nn.Conv2d)} for o in nets]
     assert [k for k in strides[0] if strides[0][k]!=strides[1][k]]==[f'trunk_output.block4.block4-0.{o}.0' for o in ('proj','f.b')]
 
 def test_no_state_is_shared_between_x_and_y():
     "Building a Y network leaves the next X network without squeeze and excitation"
     with torch.device('meta'):
-        regnet('200y')
-        assert not [k for k in regnet('200x').state_dict() if '.se.' in k]
+        regnet('y_200mf')
+        assert not [k for k in regnet('x_200mf').state_dict() if '.se.' in k]
 
 ## torchvision
 
-@pytest.mark.parametrize('size,name', [('400y','regnet_y_400mf'), ('400x','regnet_x_400mf'), ('800y','regnet_y_800mf')])
+@pytest.mark.parametrize('size,name', [('y_400mf','regnet_y_400mf'), ('x_400mf','regnet_x_400mf'), ('y_800mf','regnet_y_800mf')])
 def test_equals_torchvision(size, name):
     theirs,x = getattr(torchvision.models, name)().eval(),torch.rand(2, 3, 64, 32)
     make,named = detect_regnet(theirs.state_dict())
-    assert make.args==(size,) and make.keywords['rounding']==('paper' if size=='400y' else 'torchvision')
+    assert make.args==(size,) and make.keywords['rounding']==('paper' if size=='y_400mf' else 'torchvision')
     net = make(last_stride=2).eval()
-    assert fill(net, named)==['fc.weight','fc.bias']
+    assert fill_network(net, named)==['fc.weight','fc.bias']
     with torch.no_grad(): torch.testing.assert_close(theirs.fc(net(x).mean((2,3))), theirs(x))
 
 ## pycls' names
@@ -116,14 +116,14 @@ def reference(x, state, depths, last_stride):
         for b in range(1, d+1): x = block(x, state, f's{s}.b{b}', 1 if b>1 else last_stride if s==4 else 2)
     return x
 
-@pytest.mark.parametrize('size,last_stride', [('200x',1), ('200y',1), ('200y',2)])
+@pytest.mark.parametrize('size,last_stride', [('x_200mf',1), ('y_200mf',1), ('y_200mf',2)])
 def test_pycls_names(size, last_stride):
     "A file with pycls' names gives what a plain forward pass over those names gives; only the classifier is left over"
-    widths,depths,group,_ = published['200x']
-    state = {k:golden_array(k, s) for k,s in pycls_shapes(widths, depths, group, size[-1]=='y').items()}
+    widths,depths,group,_ = published['x_200mf']
+    state = {k:golden_array(k, s) for k,s in pycls_shapes(widths, depths, group, size[0]=='y').items()}
     make,named = detect_regnet(state)
     net = make(last_stride=last_stride).eval()
-    assert make.args==(size,) and fill(net, named)==['fc.weight','fc.bias']
+    assert make.args==(size,) and fill_network(net, named)==['fc.weight','fc.bias']
     x = torch.rand(2, 3, 64, 32)
     with torch.no_grad(): close(net(x), reference(x, state, depths, last_stride), rel=1e-4)
 
@@ -132,7 +132,7 @@ def test_pycls_shapes(size):
     "Every published size is found from pycls' names and shapes, and has exactly those entries"
     widths,depths,group,_ = published[size]
     with torch.device('meta'):
-        state = {k:torch.empty(s) for k,s in pycls_shapes(widths, depths, group, size[-1]=='y').items()}
+        state = {k:torch.empty(s) for k,s in pycls_shapes(widths, depths, group, size[0]=='y').items()}
         make,named = detect_regnet(state)
         own = make().state_dict()
     assert make.args==(size,) and {k:v.shape for k,v in own.items()}=={k:v.shape for k,v in named.items() if not k.startswith('fc.')}
@@ -147,7 +147,7 @@ def test_golden_map(path):
     make,named = detect_regnet({k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')})
     z = np.load(path.with_name(f'{golden_name(path)}.npz'))
     net = make(last_stride=1 if z['backbone_map_shape'][2]==16 else 2).eval()
-    assert fill(net, named)==[]
+    assert fill_network(net, named)==[]
     with torch.no_grad(): fmap = net((golden_input()-mean)/std)
     assert list(fmap.shape)==z['backbone_map_shape'].tolist()
     close(fmap.mean((2,3)), z['backbone_map_mean_hw'], rel=1e-4)
@@ -156,7 +156,7 @@ def test_golden_map(path):
 ## Detection and files
 
 @pytest.mark.parametrize('rounding', ['paper','torchvision'])
-@pytest.mark.parametrize('size', ['400x','600y','4000x','8000y','12000y'])
+@pytest.mark.parametrize('size', ['x_400mf','y_600mf','x_4gf','y_8gf','y_12gf'])
 def test_own_names_are_detected(size, rounding):
     with torch.device('meta'):
         state = regnet(size, rounding=rounding).state_dict()
@@ -171,20 +171,20 @@ def test_other_networks_are_left_alone(name):
 
 def test_other_regnets_are_left_alone():
     "A size without a name, or a stage that is missing, is not taken for one of ours"
-    with torch.device('meta'): state = regnet('200x').state_dict()
+    with torch.device('meta'): state = regnet('x_200mf').state_dict()
     assert detect_regnet({}) is None and detect_regnet({k:v for k,v in state.items() if '.block4-6.' not in k}) is None
     assert detect_regnet({k:v for k,v in state.items() if '.block3.' not in k}) is None
 
 def test_pretrained_from_a_file_of_pycls(tmp_path):
-    widths,depths,group,_ = published['200x']
+    widths,depths,group,_ = published['x_200mf']
     state = {k:golden_array(k, s) for k,s in pycls_shapes(widths, depths, group, False).items()}
     torch.save(state, tmp_path/'x.pyth')
-    net = regnet('200x', pretrained=tmp_path/'x.pyth')
+    net = regnet('x_200mf', pretrained=tmp_path/'x.pyth')
     assert torch.equal(net.trunk_output.block2[0].proj[1].running_var, state['s2.b1.bn.running_var'])
-    with pytest.raises(ValueError, match='does not fit'): regnet('200y', pretrained=tmp_path/'x.pyth')
+    with pytest.raises(ValueError, match='does not fit'): regnet('y_200mf', pretrained=tmp_path/'x.pyth')
 
-@pytest.mark.parametrize('size,rounding,file', [('800x','paper','regnet_x_800mf-ad17e45c.pth'), ('800y','torchvision','regnet_y_800mf-1b27b58c.pth'),
-    ('16000y','paper','regnet_y_16gf-9e6ed7dd.pth')])
+@pytest.mark.parametrize('size,rounding,file', [('x_800mf','paper','regnet_x_800mf-ad17e45c.pth'), ('y_800mf','torchvision','regnet_y_800mf-1b27b58c.pth'),
+    ('y_16gf','paper','regnet_y_16gf-9e6ed7dd.pth')])
 def test_pretrained_address(size, rounding, file, monkeypatch):
     asked = []
     def stop(u):
@@ -194,8 +194,13 @@ def test_pretrained_address(size, rounding, file, monkeypatch):
     with torch.device('meta'), pytest.raises(FileNotFoundError): regnet(size, rounding=rounding, pretrained=True)
     assert asked==[f'https://download.pytorch.org/models/{file}']
 
-@pytest.mark.parametrize('kw,match', [(dict(size='800'), "size='800'"), (dict(size=800), 'size=800'), (dict(last_stride=4), 'last_stride=4'), (dict(rounding='up'), "rounding='up'"),
-    (dict(size='200x', pretrained=True), '400, 800, 1600'), (dict(size='4000y', pretrained=True), '400, 800, 1600'),
-    (dict(size='800y', pretrained=True), "64, 144, 320, 784.*rounding='torchvision'")])
+@pytest.mark.parametrize('kw,match', [(dict(variant='800'), "variant='800'"), (dict(variant=800), 'variant=800'), (dict(last_stride=4), 'last_stride=4'), (dict(rounding='up'), "rounding='up'"),
+    (dict(variant='x_200mf', pretrained=True), '400mf, 800mf, 1_6gf'), (dict(variant='y_4gf', pretrained=True), '400mf, 800mf, 1_6gf'),
+    (dict(variant='y_800mf', pretrained=True), "64, 144, 320, 784.*rounding='torchvision'")])
 def test_bad_arguments(kw, match):
     with torch.device('meta'), pytest.raises(ValueError, match=match): regnet(**kw)
+
+def test_names_of_version_0_0_1():
+    "Recipes of files of version 0.0.1 name the sizes otherwise"
+    for old,new in {'200x':'x_200mf', '800y':'y_800mf', '1600y':'y_1_6gf', '4000x':'x_4gf', '32000y':'y_32gf'}.items():
+        assert vars(regnet_params(old))==vars(regnet_params(new))

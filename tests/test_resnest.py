@@ -6,7 +6,7 @@ from torch import nn
 
 from fastreid_nb.backbone.core import SplitAttention
 from fastreid_nb.backbone.resnet import detect_resnet, resnet18, resnet50
-from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.backbone.resnest import ResNeSt, SplitBottleneck, detect_resnest, resnest
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
@@ -30,7 +30,7 @@ def test_golden_model(path):
     z = np.load(path.with_name(path.name.replace('.keys.json', '.npz')))
     make,state = detect_resnest({k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')})
     net = make(last_stride=1 if z['backbone_map_shape'][2]>=16 else 2).eval()
-    assert fill(net, state, path)==[]
+    assert fill_network(net, state, path)==[]
     with torch.no_grad(): fmap = net((golden_input()-mean)/std)
     assert list(fmap.shape)==z['backbone_map_shape'].tolist()
     close(fmap.mean((2,3)), z['backbone_map_mean_hw'], rel=1e-4)
@@ -50,7 +50,7 @@ def test_equals_timm():
     theirs = shaken(timm.create_model('resnest50d', num_classes=0))
     make,state = detect_resnest(theirs.state_dict())
     ours = make(last_stride=2).eval()
-    fill(ours, state, ignore=())
+    fill_network(ours, state, ignore=())
     x = torch.rand(2, 3, 96, 64)
     with torch.no_grad(): close(ours(x), theirs.forward_features(x))
 
@@ -174,8 +174,8 @@ def test_partial_files_are_not_claimed():
     assert detect_resnest({k:v for k,v in state.items() if not k.startswith('layer3.5')}) is None
     assert detect_resnest({k:v for k,v in state.items() if not k.startswith('conv1')}) is None
 
-@pytest.mark.parametrize('kw,match', [(dict(depth=152), 'depth=152.*50, 101, 200, 269'), (dict(last_stride=3), 'last_stride=3'),
-    (dict(stem_pool='same'), "stem_pool='same'"), (dict(nl=True, nl_width='two'), "'one', 'half'"), (dict(depth='50'), 'depth')])
+@pytest.mark.parametrize('kw,match', [(dict(variant=152), 'variant=152.*50, 101, 200, 269'), (dict(last_stride=3), 'last_stride=3'),
+    (dict(stem_pool='same'), "stem_pool='same'"), (dict(nl=True, nl_width='two'), "'one', 'half'"), (dict(variant='50'), 'variant')])
 def test_bad_arguments(kw, match):
     with pytest.raises(ValueError, match=match): resnest(**kw)
 

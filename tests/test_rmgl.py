@@ -8,7 +8,7 @@ from torch import nn
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.backbone.core import SE, NonLocal
 from fastreid_nb.backbone.resnet import resnet18, resnet34, resnet50, resnext50
-from fastreid_nb.backbone.weights import fill
+from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
 from fastreid_nb.heads.parts import cut_stages, full_height, mgn, row_reach
 from fastreid_nb.backbone.resnest import resnest
@@ -74,7 +74,7 @@ def test_plain_model_leaks():
 
 def test_weights_of_mgn_fit():
     a,b = mgn(resnet18, 4, n_emb=16).eval(),make().eval()
-    assert fill(b, a.state_dict())==[] and fill(a, b.state_dict())==[]
+    assert fill_network(b, a.state_dict())==[] and fill_network(a, b.state_dict())==[]
     mid = torch.rand(1, 256, 48, 2)
     with torch.no_grad():
         x,y = ([o(mid) for o in m.head.branches] for m in (a,b))

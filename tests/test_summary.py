@@ -10,7 +10,7 @@ from fastreid_nb.heads.haa import haa
 from fastreid_nb.heads.core import ReductionHead
 from fastreid_nb.heads.rebuild import model_from_recipe
 from fastreid_nb.heads.model import reid_model
-from fastreid_nb.backbone.mobile import mobilenet_v2
+from fastreid_nb.backbone.mobile import mobilenetv2
 from fastreid_nb.backbone.osnet import osnet
 from fastreid_nb.pooling.parts import FlattenPool
 from fastreid_nb.heads.parts import mgn, pcb
@@ -22,7 +22,7 @@ from fastreid_nb.heads.transreid import transreid
 from fastreid_nb.backbone.vit import vit
 
 makers = dict(r18=partial(reid_model, resnet18, 5), small=partial(reid_model, resnet18, 5, head=partial(ReductionHead, n_emb=32)),
-    osnet=partial(reid_model, osnet, 5), mobile=partial(reid_model, mobilenet_v2, 5), mgn=partial(mgn, resnet18, 5), pcb=partial(pcb, resnet18, 5, n_parts=2),
+    osnet=partial(reid_model, osnet, 5), mobile=partial(reid_model, mobilenetv2, 5), mgn=partial(mgn, resnet18, 5), pcb=partial(pcb, resnet18, 5, n_parts=2),
     transreid=partial(transreid, 'deit_tiny', 5, (64,32)), haa=partial(haa, resnet18, 5, n_global=32, n_strip=16),
     vit=partial(reid_model, partial(vit, 'deit_tiny', (64,32)), 5, pool=FlattenPool))
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest, torch
 
 timm = pytest.importorskip('timm')
-from fastreid_nb.backbone.weights import fill
-from fastreid_nb.backbone.timmnets import TimmBackbone, _as_map, check_timm_name, from_timm_name, hrnet, is_timm_name, timm_backbone, timm_weights, token_grid
+from fastreid_nb.backbone.weights import fill_network
+from fastreid_nb.backbone.timmnets import TimmBackbone, _as_map, check_timm_name, hrnet, timm_backbone, timm_name, timm_weights, token_grid
 
 # name: channels and map at 256×128, from each family's paper or code: stride 32 unless the design says otherwise
 spread = {'resnet18':(512,8,4), 'resnest14d':(2048,8,4), 'convnext_tiny':(768,8,4), 'efficientnet_b0':(1280,8,4), 'mobilenetv3_small_100':(576,8,4),
@@ -115,14 +115,14 @@ def test_near_names(name, near):
 def test_names_that_are_none(name):
     with pytest.raises(ValueError, match='no network'): timm_backbone(name)
 
-@pytest.mark.parametrize('spec,want', [('timm/resnet18',True), ('resnet18',False), ('timm',False), (None,False), (timm_backbone,False)])
-def test_is_timm_name(spec, want): assert is_timm_name(spec) is want
+@pytest.mark.parametrize('spec', ['resnet18', 'timm', None, timm_backbone])
+def test_strings_that_name_no_timm_network(spec):
+    with pytest.raises(ValueError, match="expected 'timm/'"): timm_name(spec)
 
-def test_from_timm_name():
+def test_names_with_timm_before_them():
     with torch.device('meta'):
-        assert from_timm_name('timm/resnet10t', last_stride=1).total_stride==16
-        with pytest.raises(ValueError, match="got 'resnet10t'"): from_timm_name('resnet10t')
-        with pytest.raises(TypeError): from_timm_name('timm/resnet10t', last_strid=1)
+        assert timm_backbone(f'timm/{timm_name("timm/resnet10t")}', last_stride=1).total_stride==16
+        with pytest.raises(TypeError): timm_backbone('timm/resnet10t', last_strid=1)
 
 def test_options_are_checked():
     with pytest.raises(ValueError, match='last_stride=3'): timm_backbone('resnet10t', last_stride=3)
@@ -131,7 +131,7 @@ def test_options_are_checked():
 
 def test_library_imports_without_timm():
     "The module can be imported, and the error says what to install"
-    code = ('import sys\nsys.modules["timm"] = None\nfrom fastreid_nb.timmnets import timm_backbone, is_timm_name\nassert is_timm_name("timm/x")\n'
+    code = ('import sys\nsys.modules["timm"] = None\nfrom fastreid_nb.backbone.timmnets import timm_backbone, timm_name\nassert timm_name("timm/x")=="x"\n'
             'try: timm_backbone("resnet18")\nexcept ImportError as e: assert "pip install fastreid-nb[timm]" in str(e), e\nelse: raise SystemExit(3)')
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert res.returncode==0, res.stderr
@@ -156,7 +156,7 @@ def test_positions_are_stretched(tmp_path):
 def test_own_checkpoint_goes_through_unchanged():
     net = timm_backbone('resnet10t')
     again = timm_backbone('resnet10t')
-    assert fill(again, again.adapt(net.state_dict()), ignore=again.ignore)==[]
+    assert fill_network(again, again.adapt(net.state_dict()), ignore=again.ignore)==[]
     assert all(torch.equal(v, net.state_dict()[k]) for k,v in again.state_dict().items())
 
 @pytest.mark.parametrize('change', [lambda s: s.pop('layer3.0.conv1.weight'), lambda s: s.update(extra=torch.zeros(1)),

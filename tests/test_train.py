@@ -11,7 +11,7 @@ from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.backbone.resnet import resnet18
 from fastreid_nb.heads.core import ReductionHead
 from fastreid_nb.heads.model import reid_model
-from fastreid_nb.pooling.core import AvgPool
+from fastreid_nb.pooling.core import GlobalAvgPool
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.schedules import FreezeBackbone, warmup_flat_cos
 from fastreid_nb.heads.speed import best_dtype
@@ -121,7 +121,7 @@ def test_round_trip(tmp_path, dls):
     "Every part of a library model comes back from the file alone"
     from functools import partial
     pre = Preproc((64,32), 'bilinear', (.5,.5,.5), (.2,.2,.2))
-    model = reid_model(partial(resnet18, ibn=True, last_stride=2), 5, AvgPool, partial(ReductionHead, n_emb=16), pre).eval()
+    model = reid_model(partial(resnet18, ibn=True, last_stride=2), 5, GlobalAvgPool, partial(ReductionHead, n_emb=16), pre).eval()
     save_reid(tmp_path/'sub'/'m.pt', model, np.array([3,5,8,13,21]), np.float32(.25))
     back = load_reid(tmp_path/'sub'/'m.pt')
     x = torch.rand(2,3,64,32)

@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np, pytest, torch, torch.nn.functional as F
 
-from fastreid_nb.backbone.weights import fill
-from fastreid_nb.backbone.vit import ViTAttention, ViTBlock, ViT, detect_vit, patch_grid, resize_pos_embed, side_info, vit, vit_ignore, vit_names
+from fastreid_nb.backbone.weights import fill_network
+from fastreid_nb.backbone.vit import ViTAttention, ViTBlock, ViT, detect_vit, patch_grid, resize_pos_embed, side_info, _ignore, vit, vit_names
 from fastreid_nb.heads.transreid import Jigsaw, deal_patches
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
@@ -19,7 +19,7 @@ def test_golden_map(path):
     z = np.load(path.with_name(path.name.replace('.keys.json', '.npz')))
     make,state = detect_vit({k.removeprefix('backbone.'):v for k,v in golden_state(path).items() if k.startswith('backbone.')})
     net = make().eval()
-    assert fill(net, net.adapt(state))==[]
+    assert fill_network(net, net.adapt(state))==[]
     mean,std = (torch.tensor(o).view(1, 3, 1, 1) for o in ((0.485,0.456,0.406), (0.229,0.224,0.225)))
     with torch.no_grad(): fmap = net((golden_input()-mean)/std)
     assert list(fmap.shape)==z['backbone_map_shape'].tolist()
@@ -289,7 +289,7 @@ def test_detect(size, n_cams):
     with torch.device('meta'):
         net = vit(size, stride=12, n_cams=n_cams)
         make,state = detect_vit(net.state_dict()|{'head.weight':torch.zeros(10, net.n_feat)})
-        assert make.keywords==dict(size=size, n_cams=n_cams) and 'head.weight' in state
+        assert make.keywords==dict(variant=size, n_cams=n_cams) and 'head.weight' in state
         assert {k:v.shape for k,v in make(stride=12).state_dict().items()}=={k:v.shape for k,v in state.items() if k!='head.weight'}
 
 @pytest.mark.parametrize('change', [{'blocks.0.ls1.gamma':(192,)}, {'blocks.3.attn.q_norm.weight':(64,)}, {'patch_embed.proj.weight':(192,3,14,14)},
@@ -309,12 +309,12 @@ def test_distilled_token_goes_with_its_position():
 
 def test_ignored_names_are_classifiers():
     state = tiny().state_dict()
-    assert not [k for k in state if k.startswith(vit_ignore)]
+    assert not [k for k in state if k.startswith(_ignore)]
 
 def test_agrees_with_timm():
     timm = pytest.importorskip('timm')
     theirs = timm.create_model('vit_tiny_patch16_224', img_size=(64,32), num_classes=0).eval()
     make,state = detect_vit(theirs.state_dict())
     ours,x = make(img_size=(64,32)).eval(),torch.rand(2, 3, 64, 32)
-    fill(ours, state)
+    fill_network(ours, state)
     with torch.no_grad(): torch.testing.assert_close(ours(x)[...,0,0], theirs(x), atol=1e-4, rtol=1e-4)

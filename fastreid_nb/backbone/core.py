@@ -1,4 +1,4 @@
-"""Turn a picture into a feature map: residual networks with the changes that re-identification makes to them
+"""Turn an image into a feature map, and five modules that improve such a map for re-identification
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/backbone.html.md"""
 
@@ -12,7 +12,17 @@ import torch, torch.nn.functional as F
 from torch import nn
 from ..data.files import check_choice
 
-# %% ../../nbs/02_backbone.ipynb #d10125e6
+# %% ../../nbs/02_backbone.ipynb #35805383
+def keep_layout(
+    y:torch.Tensor, # Result, (B,C,h,w)
+    like:torch.Tensor, # The map that it was computed from
+)->torch.Tensor: # `y`, in channels_last if `like` is
+    "Give `y` the memory layout of `like`"
+    last = torch.channels_last
+    if like.is_contiguous() or not like.is_contiguous(memory_format=last): return y
+    return y.contiguous(memory_format=last)
+
+# %% ../../nbs/02_backbone.ipynb #6e9ab33f
 class IBN(nn.Module):
     "Instance normalisation on the first half of the channels, batch normalisation on the rest"
     def __init__(self,
@@ -20,23 +30,29 @@ class IBN(nn.Module):
     ):
         super().__init__()
         self.half = n//2
-        self.IN,self.BN = nn.InstanceNorm2d(self.half, affine=True),nn.BatchNorm2d(n-self.half)
+        self.IN = nn.InstanceNorm2d(self.half, affine=True)
+        self.BN = nn.BatchNorm2d(n-self.half)
 
     def forward(self,
         fmap:torch.Tensor, # Feature map, (B,C,h,w) with C=`n`
-    )->torch.Tensor: # The same shape
-        return torch.cat([self.IN(fmap[:,:self.half]), self.BN(fmap[:,self.half:])], 1)
+    )->torch.Tensor: # The same shape and memory layout
+        first = self.IN(fmap[:,:self.half])
+        rest = self.BN(fmap[:,self.half:])
+        return torch.cat([keep_layout(first, fmap), keep_layout(rest, fmap)], 1)
 
-# %% ../../nbs/02_backbone.ipynb #8a4a8519
+# %% ../../nbs/02_backbone.ipynb #224ece06
 class SE(nn.Module):
-    "Squeeze and excitation: each channel multiplied by a gate in (0,1) that the whole picture decides"
+    "Squeeze and excitation: each channel multiplied by a gate in (0,1) that the whole image decides"
     def __init__(self,
         n:int, # Number of channels
-        ratio:int=16, # How many times narrower the middle layer is
+        ratio:int=16, # How many times narrower the middle layer is, at most `n`
     ):
         super().__init__()
-        if n<ratio: raise ValueError(f'{n} channels with ratio={ratio} leave no middle layer: choose a ratio of at most {n}')
-        self.fc = nn.Sequential(nn.Linear(n, n//ratio, bias=False), nn.ReLU(inplace=True), nn.Linear(n//ratio, n, bias=False), nn.Sigmoid())
+        if n<ratio:
+            said = f'{n} channels with ratio={ratio} leave no middle layer'
+            raise ValueError(f'{said}: choose a ratio of at most {n}')
+        down,up = nn.Linear(n, n//ratio, bias=False),nn.Linear(n//ratio, n, bias=False)
+        self.fc = nn.Sequential(down, nn.ReLU(inplace=True), up, nn.Sigmoid())
 
     def forward(self,
         fmap:torch.Tensor, # Feature map, (B,C,h,w) with C=`n`
@@ -47,7 +63,7 @@ class SE(nn.Module):
 _widths = dict(one=lambda n: 1, half=lambda n: n//2)
 
 class NonLocal(nn.Module):
-    "Every place receives from all places of the map, added to what it had; an identity until trained"
+    "Every position receives from all positions of the map, added to what it had; an identity until trained"
     def __init__(self,
         n:int, # Number of channels
         width:str='one', # Inner channels: 'one' (fast-reid's weights) or 'half' of `n` (the paper)
@@ -65,18 +81,19 @@ class NonLocal(nn.Module):
         y = (g@phi.mT/g.shape[2])@theta
         return fmap + self.W(y.unflatten(2, fmap.shape[2:]))
 
-# %% ../../nbs/02_backbone.ipynb #3ae28d36
+# %% ../../nbs/02_backbone.ipynb #deda0054
 class GlobalContext(nn.Module):
-    "Add to every place of a map, or scale it by, a summary of the whole map in which interesting places count more"
+    "Add to every position of a map, or scale it by, a summary of the map in which interesting positions count more"
     def __init__(self,
         n:int, # Number of channels C
         ratio:int=16, # The bottleneck has `n//ratio` channels, at least 2
-        fusion:str='add', # 'add' a vector to every place, or 'scale' the channels by values in (0,1)
+        fusion:str='add', # 'add' a vector to every position, or 'scale' the channels by values in (0,1)
     ):
         super().__init__()
-        self.fusion,n_mid = check_choice('fusion', fusion, ('add','scale')),n//ratio
-        if n_mid<2: raise ValueError(f'n={n} channels and ratio={ratio} leave {n_mid} in the bottleneck, where layer '
-            f'normalisation needs 2: choose a ratio of at most {n//2}')
+        self.fusion = check_choice('fusion', fusion, ('add','scale'))
+        n_mid = n//ratio
+        if n_mid<2: raise ValueError(f'n={n} channels and ratio={ratio} leave {n_mid} in the bottleneck, '
+            f'where layer normalisation needs 2: choose a ratio of at most {n//2}')
         self.conv_mask = nn.Conv2d(n, 1, 1)
         mlp = nn.Sequential(nn.Conv2d(n, n_mid, 1), nn.LayerNorm([n_mid,1,1]), nn.ReLU(), nn.Conv2d(n_mid, n, 1))
         nn.init.kaiming_normal_(self.conv_mask.weight, nonlinearity='relu')
@@ -85,15 +102,16 @@ class GlobalContext(nn.Module):
 
     def attend(self,
         fmap:torch.Tensor, # Feature map, (B,C,h,w)
-    )->torch.Tensor: # Weight of each place, (B,1,h,w), in (0,1), summing to 1 over a picture
-        "How much each place counts in the summary"
+    )->torch.Tensor: # Weight of each position, (B,1,h,w), in (0,1), summing to 1 over an image
+        "How much each position counts in the summary"
         return self.conv_mask(fmap).flatten(2).softmax(-1).view(len(fmap), 1, *fmap.shape[2:])
 
     def forward(self,
         fmap:torch.Tensor, # Feature map, (B,C,h,w)
     )->torch.Tensor: # The same shape
         z = (self.attend(fmap)*fmap).sum((2,3), keepdim=True)
-        return fmap+self.channel_add_conv(z) if self.fusion=='add' else fmap*self.channel_mul_conv(z).sigmoid()
+        if self.fusion=='add': return fmap+self.channel_add_conv(z)
+        return fmap*self.channel_mul_conv(z).sigmoid()
 
 # %% ../../nbs/02_backbone.ipynb #d8b87bea
 class SplitAttention(nn.Module):
@@ -103,12 +121,13 @@ class SplitAttention(nn.Module):
         n_out:int, # Number of channels that go out
         radix:int=2, # Number of splits, at least 2
         stride:int=1, # Stride of the convolution
-        dilation:int=1, # Distance between the nine places that it looks at
+        dilation:int=1, # Distance between the nine positions that it looks at
     ):
         super().__init__()
-        if radix<2 or n_in%radix: raise ValueError(f'radix={radix} with n_in={n_in} channels: expected a radix of at least 2 '
-            'that divides n_in, because each split sees its own part of the channels')
-        n_mid,self.radix = max(n_in*radix//4, 32),radix
+        if radix<2 or n_in%radix: raise ValueError(f'radix={radix} with n_in={n_in} channels: expected a radix '
+            'of at least 2 that divides n_in, because each split sees its own part of the channels')
+        n_mid = max(n_in*radix//4, 32)
+        self.radix = radix
         self.conv = nn.Conv2d(n_in, n_out*radix, 3, stride, dilation, dilation, groups=radix, bias=False)
         self.bn0,self.fc1 = nn.BatchNorm2d(n_out*radix),nn.Conv2d(n_out, n_mid, 1)
         self.bn1,self.fc2 = nn.BatchNorm2d(n_mid),nn.Conv2d(n_mid, n_out*radix, 1)

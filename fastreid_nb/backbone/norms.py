@@ -9,10 +9,12 @@ __all__ = ['FrozenNorm', 'GhostNorm', 'convert_norm', 'with_norm']
 
 # %% ../../nbs/02c_backbone.norms.ipynb #09b1d6ae
 import torch, torch.nn.functional as F
+from collections.abc import Callable
 from fastcore.basics import patch
-from ..data.files import check_choice
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
+from ..data.files import check_choice
+from .resnet import as_ours
 
 # %% ../../nbs/02c_backbone.norms.ipynb #6fb6fe88
 class FrozenNorm(FrozenBatchNorm2d):
@@ -24,7 +26,7 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 # %% ../../nbs/02c_backbone.norms.ipynb #af8dd73c
 class GhostNorm(nn.BatchNorm2d):
-    "Batch normalisation that in training treats every `splits`-th picture as a batch of its own"
+    "Batch normalisation that in training treats every `splits`-th image as a batch of its own"
     def __init__(self,
         n:int, # Number of channels
         splits:int=2, # Number of ghost batches, at least 1; a training batch must be a multiple of it
@@ -38,8 +40,9 @@ class GhostNorm(nn.BatchNorm2d):
         self.splits = splits
 
     def _check_input_dim(self, x):
-        if x.ndim<2 or x.shape[1]!=self.num_features: raise ValueError(f'expected (B,{self.num_features},...), got {tuple(x.shape)}')
-        if self.training and len(x)%self.splits: raise ValueError(f'a batch of {len(x)} pictures cannot be divided '
+        n = self.num_features
+        if x.ndim<2 or x.shape[1]!=n: raise ValueError(f'expected (B,{n},...), got {tuple(x.shape)}')
+        if self.training and len(x)%self.splits: raise ValueError(f'a batch of {len(x)} images cannot be divided '
             f'into splits={self.splits}: choose a batch size that is a multiple of {self.splits}')
 
     def extra_repr(self): return f'{super().extra_repr()}, splits={self.splits}'
@@ -49,12 +52,13 @@ class GhostNorm(nn.BatchNorm2d):
 def forward(self:GhostNorm,
     x:torch.Tensor, # Map or feature, (B,C,...)
 )->torch.Tensor: # The same shape
-    "Normalise every split by itself in training, all pictures by the moving averages in evaluation"
+    "Normalise every split by itself in training, all images by the moving averages in evaluation"
     if not self.training: return super(GhostNorm, self).forward(x)
     self._check_input_dim(x)
     n,stats = self.splits,(self.running_mean,self.running_var)
     wide = [t if t is None else t.repeat(n) for t in (*stats, self.weight, self.bias)]
-    y = F.batch_norm(x.reshape(-1, n*x.shape[1], *x.shape[2:]), *wide, True, self._momentum(), self.eps).view_as(x)
+    side_by_side = x.reshape(-1, n*x.shape[1], *x.shape[2:])
+    y = F.batch_norm(side_by_side, *wide, True, self._momentum(), self.eps).view_as(x)
     for old,new in zip(stats, wide):
         if old is not None: old.copy_(new.view(n, -1).mean(0))
     return y
@@ -87,13 +91,27 @@ def _group(old, groups):
 # %% ../../nbs/02c_backbone.norms.ipynb #ec68f611
 _batch_norms = nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d,nn.SyncBatchNorm,GhostNorm
 
-def _relative(name, old, norm, groups, splits):
+def _others(net):
+    "What an error says about kinds of batch normalisation that are left alone"
+    found = {type(m) for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    names = sorted(o.__name__ for o in found-{*_batch_norms})
+    return f', only {names}' if names else ''
+
+def _check_relative(name, old, norm, groups):
+    "Refuse a layer that cannot be exchanged"
     n,where = old.num_features,f'layer {name or "itself"!r}'
-    if norm=='group' and (groups<1 or n%groups): raise ValueError(f'{where}: {n} channels cannot be divided into groups={groups}; '
-        'choose a number of groups that divides the channels of every layer')
-    if norm=='frozen' and old.running_mean is None: raise ValueError(f'{where} keeps no statistics that could be frozen')
+    if norm=='group' and (groups<1 or n%groups): raise ValueError(f'{where}: {n} channels cannot be divided '
+        f'into groups={groups}; choose a number of groups that divides the channels of every layer')
+    if norm=='frozen' and old.running_mean is None: raise ValueError(f'{where} keeps no statistics '
+        'that could be frozen')
+
+def _relative(name, old, norm, groups, splits):
+    "The layer that takes the place of `old`"
+    _check_relative(name, old, norm, groups)
     if norm=='sync': return nn.SyncBatchNorm.convert_sync_batchnorm(old)
-    new = _frozen(old) if norm=='frozen' else _ghost(old, splits) if norm=='ghost' else _group(old, groups)
+    if norm=='frozen': new = _frozen(old)
+    elif norm=='ghost': new = _ghost(old, splits)
+    else: new = _group(old, groups)
     return new.train(old.training)
 
 # %% ../../nbs/02c_backbone.norms.ipynb #baa02383
@@ -106,8 +124,8 @@ def convert_norm(
     "Exchange every batch normalisation in `net`, keeping weights and statistics"
     check_choice('norm', norm, ('sync','group','frozen','ghost'))
     olds = [(k,m) for k,m in net.named_modules(remove_duplicate=False) if type(m) in _batch_norms]
-    others = sorted({type(m).__name__ for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and type(m) not in _batch_norms})
-    if not olds: raise ValueError(f'{type(net).__name__} has no batch normalisation to exchange for {norm!r}' + (f', only {others}' if others else ''))
+    if not olds: raise ValueError(f'{type(net).__name__} has no batch normalisation to exchange for {norm!r}'
+        f'{_others(net)}')
     if hasattr(net, 'recipe'): net.recipe = None   # it would make the old norms
     news = {m: _relative(k, m, norm, groups, splits) for k,m in dict(olds).items()}
     for name,old in olds:
@@ -117,11 +135,12 @@ def convert_norm(
 
 # %% ../../nbs/02c_backbone.norms.ipynb #52687e07
 def with_norm(
-    backbone:callable, # Function, class or partial that gives a module
+    backbone:Callable, # Function, class or partial that gives a module
     norm:str='sync', # 'sync', 'group', 'frozen' or 'ghost'
     groups:int=32, # Number of groups of channels; for 'group'
     splits:int=2, # Number of ghost batches in a batch; for 'ghost'
 )->nn.Module: # The backbone with other norms; its `n_feat` and `total_stride` are unchanged
     "Make a backbone and exchange its batch normalisations"
-    if not callable(backbone): raise ValueError(f'{backbone!r} is no function: give resnet50 itself, or partial(timm_backbone, NAME) for a timm network')
-    return convert_norm(backbone(), norm, groups, splits)
+    if not callable(backbone): raise ValueError(f'{backbone!r} is no function: give resnet50 itself, '
+        'or partial(timm_backbone, NAME) for a timm network')
+    return convert_norm(as_ours(backbone)(), norm, groups, splits)

@@ -17,9 +17,9 @@ from fastcore.basics import patch
 from torch import nn
 from ..data.files import check_choice
 from ..data.preproc import Preproc
-from ..backbone.resnet import resnet50
-from ..backbone.timmnets import from_timm_name
-from ..pooling.core import AvgPool, GeM
+from ..backbone.resnet import as_ours, resnet50
+from ..backbone.timmnets import timm_backbone, timm_name
+from ..pooling.core import GlobalAvgPool, GeM
 from .core import BNNeckHead, ReIDOut
 
 # %% ../../nbs/04a_heads.model.ipynb #e93532ed
@@ -127,7 +127,7 @@ def eval_mode(
 def make_piece(piece, *args):
     "A module from a function, class or partial called with `args`, from 'timm/NAME', or a ready module as it is"
     if isinstance(piece, nn.Module): return piece
-    if isinstance(piece, str): return from_timm_name(piece)
+    if isinstance(piece, str): return timm_backbone(timm_name(piece))
     if callable(piece): return piece(*args)
     raise ValueError(f'{piece!r} is no function, class, partial or module: pass e.g. resnet50 itself')
 
@@ -135,7 +135,7 @@ def make_backbone(piece):
     "A module with `n_feat` from what `make_piece` takes"
     if isinstance(piece, numbers.Number):
         raise ValueError(f'the backbone is {piece}: expected the backbone first and then n_pids, e.g. resnet50, {piece}')
-    net = make_piece(piece)
+    net = make_piece(as_ours(piece))
     if hasattr(net, 'n_feat'): return net
     raise ValueError(f'the backbone {type(net).__name__} has no attribute `n_feat`: '
         'set it to the number of channels of its feature map')
@@ -159,6 +159,7 @@ def _plain(o):
 _unwritten = ('pretrained','preproc')
 
 def _call(piece):
+    piece = as_ours(piece)
     fn,args,kw = (piece.func,piece.args,piece.keywords) if isinstance(piece, partial) else (piece,(),{})
     if args: kw = {**dict(zip(inspect.signature(fn).parameters, args)), **kw}
     ours = fn.__module__.startswith('fastreid_nb.')
@@ -173,15 +174,15 @@ def _describe(piece):
 def reid_model(
     backbone:str|Callable=resnet50, # Function, class or partial giving a module with `n_feat`, such a module, or 'timm/NAME'
     n_pids:int=0, # Number of training identities, 0 to search only
-    pool:callable=None, # Function, class, partial or module (B,C,h,w) to (B,C); by default `GeM`, or `AvgPool` for a `signed_map`
+    pool:callable=None, # Function, class, partial or module (B,C,h,w) to (B,C); by default `GeM`, or `GlobalAvgPool` for a `signed_map`
     head:callable=BNNeckHead, # Function, class or partial taking (n_feat, n_pids), or a module (B,C) to `ReIDOut`
     preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
     test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'
 )->ReIDModel: # Untrained except for what `backbone` loads; `model.recipe` says how it was made
     "Put a model together from three pieces"
-    if isinstance(backbone, str): backbone = partial(from_timm_name, backbone)
+    if isinstance(backbone, str): backbone = partial(timm_backbone, timm_name(backbone))
     net = make_backbone(backbone)
-    pool = pool or (AvgPool if getattr(net, 'signed_map', False) else GeM)
+    pool = pool or (GlobalAvgPool if getattr(net, 'signed_map', False) else GeM)
     pooling = make_pool(pool, net.n_feat)
     classes = make_piece(head, net.n_feat*getattr(pooling, 'n_out', 1), n_pids)
     model = ReIDModel(net, pooling, classes, preproc, test_on)

@@ -16,7 +16,7 @@ from .. import __version__
 from torch import nn
 from ..data.files import atomic_path, read_torch
 from ..data.preproc import Preproc
-from ..backbone.weights import fill
+from ..backbone.weights import fill_network
 from ..heads.model import ReIDModel
 from ..heads.rebuild import model_from_recipe
 
@@ -73,7 +73,7 @@ def load_reid(
     "Load a model together with its preprocessing"
     ck = _read_checkpoint(path)
     if model is None: model = _rebuild(ck, path)
-    fill(uncompiled(model), ck['state'], path, ignore=())
+    fill_network(uncompiled(model), ck['state'], path, ignore=())
     model.preproc = Preproc.from_dict(ck['preproc'])
     if 'test_on' in ck: model.test_on = ck['test_on']
     model.pids,model.threshold = ck['pids'],ck['threshold']

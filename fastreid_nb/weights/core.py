@@ -20,7 +20,7 @@ from ..backbone.mobile import detect_efficientnet, detect_mobilenet, detect_shuf
 from ..backbone.regnet import detect_regnet
 from ..backbone.repvgg import detect_repvgg
 from ..backbone.vit import detect_vit, patch_grid
-from ..pooling.core import AvgMaxPool, AvgPool, ClipAvgPool, GeM, MaxPool
+from ..pooling.core import AvgMaxPool, GlobalAvgPool, ClipAvgPool, GeM, GlobalMaxPool
 from ..pooling.parts import FlattenPool
 from ..heads.core import BNNeckHead, LinearHead, ReductionHead
 from ..data.preproc import Preproc
@@ -67,7 +67,7 @@ def file_source(
 _base_configs = {f'base-{k}':dict(pool=pool, size=(h,128), cosine=cosine) for k,pool,h,cosine in
     (('bagtricks','avgpool',256,False), ('agw','gempool',256,False), ('sbs','gempoolp',384,True), ('mgn','gempoolp',384,True))}
 
-_pools = dict(avgpool=AvgPool, globalavgpool=AvgPool, fastavgpool=AvgPool, fastglobalavgpool=AvgPool, maxpool=MaxPool, globalmaxpool=MaxPool,
+_pools = dict(avgpool=GlobalAvgPool, globalavgpool=GlobalAvgPool, fastavgpool=GlobalAvgPool, fastglobalavgpool=GlobalAvgPool, maxpool=GlobalMaxPool, globalmaxpool=GlobalMaxPool,
     gempool=partial(GeM, learn=False), generalizedmeanpooling=partial(GeM, learn=False), gempoolp=GeM, generalizedmeanpoolingp=GeM,
     avgmaxpool=AvgMaxPool, adaptiveavgmaxpool=AvgMaxPool, clipavgpool=ClipAvgPool, clipglobalavgpool=ClipAvgPool, identity=FlattenPool, flatten=FlattenPool)
 
@@ -92,8 +92,8 @@ def _read_yaml(path):
     return _section(dict(all=cfg), 'all', path=path)
 
 # %% ../../nbs/13_weights.ipynb #bd3af313
-_builders = dict(resnet='resnet', resnext='resnet', resnest='resnest', osnet='osnet', mobilenetv2='mobilenet_v2', mobilenetv3='mobilenet_v3',
-    shufflenetv2='shufflenet_v2', repvgg='repvgg', regnet='regnet', effnet='efficientnet', vit='vit')
+_builders = dict(resnet='resnet', resnext='resnet', resnest='resnest', osnet='osnet', mobilenetv2='mobilenetv2', mobilenetv3='mobilenetv3',
+    shufflenetv2='shufflenetv2', repvgg='repvgg', regnet='regnet', effnet='efficientnet', vit='vit')
 
 def _numbers(o, n, what, path):
     o = _literal(o)
@@ -191,7 +191,7 @@ def _settle(given, cfg, guess, origin):
 def _check_config(cfg, make, path):
     "A config must not contradict what the file says about its network"
     kw = inspect.signature(make.func).bind_partial(*make.args, **make.keywords).arguments
-    said = dict(network=make.func.__name__, ibn=bool(kw.get('ibn')) or kw.get('kind')=='ibn', se=bool(kw.get('se')))
+    said = dict(network=make.func.__name__, ibn=bool(kw.get('ibn')) or kw.get('variant')=='ibn', se=bool(kw.get('se')))
     off = [f'{k}={cfg[k]!r}, but the file has {v!r}' for k,v in said.items() if k in cfg and cfg[k]!=v]
     if off: raise ValueError(f'the config beside {path} is of another model: {"; ".join(off)}. Give the right one as `config`, or config={{}} for none')
 

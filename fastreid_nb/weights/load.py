@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from ..data.files import check_choice, read_torch
 from ..data.preproc import Preproc
-from ..backbone.weights import as_state, fill
-from ..backbone.timmnets import from_timm_name
+from ..backbone.weights import as_state, fill_network
+from ..backbone.timmnets import timm_backbone, timm_name
 from ..heads.model import ReIDModel, reid_model
 from ..heads.parts import detect_mgn
 from ..heads.transreid import detect_transreid
@@ -42,7 +42,7 @@ def _whole(path, plain, source, cfg, given, s, origin):
         origin.assumed += [f'{k}={v}' for k,v in {'shift':'4 (for people; vehicles have 7)', 'sie_weight':'3'}.items() if k not in given['options']]
         return _with(make, **_vit_options(res['backbone.pos_embed'].shape[1], source, given, s, origin, path)), res
     if source=='fastreid_nb' and any(k.startswith(('head.branches','head.heads')) for k in plain): raise ValueError(
-        f'{path} is the state of a part model, which does not say how it was built: keep models with save_reid, or build it and call fill(model, state)')
+        f'{path} is the state of a part model, which does not say how it was built: keep models with save_reid, or build it and call fill_network(model, state)')
 
 # %% ../../nbs/13a_weights.load.ipynb #736eb9c9
 def _assemble(path, state, source, cfg, given, origin):
@@ -92,7 +92,7 @@ def _finish(make, state, s, keep_rows, origin):
     state = _leave_out(state, own, keep_rows, origin)
     new = () if any(k.endswith('classifier.weight') for k in state) else tuple(k for k in own if k.endswith('classifier.weight'))
     new += tuple(k for k in own if k.endswith('pool.p') and k not in dict(model.named_parameters()))
-    fill(model, state, origin.path, ignore=(), new=new+(('head.','pool.') if origin.source=='imagenet' else ()))
+    fill_network(model, state, origin.path, ignore=(), new=new+(('head.','pool.') if origin.source=='imagenet' else ()))
     size = tuple(getattr(model.backbone, 'img_size', None) or s['size'])
     model.preproc = replace(model.preproc, size=size, resample=s['resample'])
     with torch.no_grad(): model.eval()(torch.zeros(1, model.mean.shape[1], *size))
@@ -118,7 +118,7 @@ def load_pretrained(
 )->ReIDModel: # In evaluation mode, with attributes `preproc`, `pids`, `threshold` and `origin`
     "A published network, ready to embed, evaluate or train on: FastReID, BagTricks, TransReID, torchreid, ImageNet, or ours"
     given = dict(size=size, last_stride=last_stride, pool=pool, mean=mean, std=std, cosine=cosine, stem_pool=stem_pool, dilation=dilation,
-        resample=resample, backbone=partial(from_timm_name, backbone) if isinstance(backbone, str) else backbone, options=options or {})
+        resample=resample, backbone=partial(timm_backbone, timm_name(backbone)) if isinstance(backbone, str) else backbone, options=options or {})
     path,o = Path(path).expanduser(),read_torch(path)
     if isinstance(o, dict) and o.get('format')=='fastreid_nb': return _ours(path, o, given, n_pids)
     state,beside = as_state(o, path),path.with_name('config.yaml')

@@ -92,7 +92,7 @@ def test_global_context_starts_as_the_identity():
         assert torch.equal(GlobalContext(32)(x), x)
         close(GlobalContext(32, fusion='scale')(x), x/2)
 
-def test_global_context_weights_places():
+def test_global_context_weights_positions():
     "A place that the mask likes decides; equal places count alike"
     gc,x = GlobalContext(4, ratio=2),torch.zeros(1, 4, 3, 3)
     with torch.no_grad():
