@@ -273,7 +273,7 @@ def test_preproc_follows_the_model():
 @pytest.mark.parametrize('make', [lambda: tiny_model(), lambda: pcb(resnet18, n_parts=2), lambda: Ensemble([tiny_model()])])
 def test_fields_are_declared(make):
     model = make()
-    assert (model.pids,model.threshold,model.origin)==([],None,None) and model.preproc==Preproc() and hasattr(model, 'recipe')
+    assert (model.pids,model.threshold,model.origin,model.n_epochs)==([],None,None,0) and model.preproc==Preproc() and hasattr(model, 'recipe')
     assert make().pids is not model.pids
 
 def test_recipe_leaves_preproc_out():

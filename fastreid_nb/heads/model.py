@@ -42,7 +42,7 @@ class ReIDModel(nn.Module):
         self.backbone,self.pool,self.head = backbone,pool,head
         self.test_on = check_choice('test_on', test_on, ReIDOut._fields)
         self.preproc = preproc or backbone_preproc(backbone)
-        self.recipe,self.pids,self.threshold,self.origin = None,[],None,None
+        self.recipe,self.pids,self.threshold,self.origin,self.n_epochs = None,[],None,None,0
 
     @property
     def preproc(self): return self._preproc
