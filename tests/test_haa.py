@@ -394,9 +394,9 @@ def test_bad_input():
 
 def test_bad_input_of_the_loss():
     model = small_model()
-    with pytest.raises(ValueError, match='had 0 pictures'): BlackLoss(model)(None, pids)
+    with pytest.raises(ValueError, match='had 0 images'): BlackLoss(model)(None, pids)
     out = model(rand_pics())
-    with pytest.raises(ValueError, match='had 8 pictures, not 3'): BlackLoss(model)(out, pids[:3])
+    with pytest.raises(ValueError, match='had 8 images, not 3'): BlackLoss(model)(out, pids[:3])
     with pytest.raises(ValueError, match='made by haa'): BlackLoss(reid_model(resnet18, 4))
     with pytest.raises(ValueError, match='threshold=1.5'): BlackLoss(model, threshold=1.5)
     with pytest.raises(ValueError, match='3 entries for 4'): BlackLoss(model, black=torch.ones(3))

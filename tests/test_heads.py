@@ -6,7 +6,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F, torch.utils._pytree
 from fastai.torch_core import TensorImage, apply, to_cpu, to_detach, to_device, to_float
 from torch import nn
 
-from fastreid_nb.backbone.resnet import resnet, resnet18
+from fastreid_nb.backbone.resnet import resnet, resnet18, resnet18_ibn
 from fastreid_nb.heads.core import BNNeck, BNNeckHead, Classifier, LinearHead, ReductionHead, ReIDOut, cosine_logits
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.heads.model import ReIDModel, reid_model
@@ -273,7 +273,7 @@ def test_preproc_follows_the_model():
 @pytest.mark.parametrize('make', [lambda: tiny_model(), lambda: pcb(resnet18, n_parts=2), lambda: Ensemble([tiny_model()])])
 def test_fields_are_declared(make):
     model = make()
-    assert (model.pids,model.threshold,model.origin)==([],None,None) and model.preproc==Preproc() and hasattr(model, 'recipe')
+    assert (model.pids,model.threshold,model.origin,model.n_epochs)==([],None,None,0) and model.preproc==Preproc() and hasattr(model, 'recipe')
     assert make().pids is not model.pids
 
 def test_recipe_leaves_preproc_out():
@@ -337,3 +337,11 @@ def test_every_parameter_learns():
     out,pid = model(torch.rand(8, 3, 32, 32)),torch.arange(4).repeat_interleave(2)
     (CrossEntropy()(out, pid)+TripletLoss(None)(out, pid)).backward()
     assert not [n for n,p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+
+@pytest.mark.parametrize('amp', [False,True])
+@pytest.mark.parametrize('train', [False,True])
+def test_compiles_into_one_graph(train, amp):
+    torch._dynamo.reset()
+    model = reid_model(resnet18_ibn, 5).train(train)
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp): found = torch._dynamo.explain(model)(torch.rand(4, 3, 64, 32))
+    assert (found.graph_count,found.graph_break_count)==(1,0), [str(o.reason) for o in found.break_reasons]

@@ -148,7 +148,7 @@ def test_grid_cells():
 
 @pytest.mark.parametrize('h,w,rows,cols', [(4,2,3,1), (1,4,2,2), (4,1,2,2)])
 def test_cells_too_small(h, w, rows, cols):
-    with pytest.raises(ValueError, match=f'{h} × {w} places cannot be cut into {rows} × {cols}'): cells(torch.rand(1, 2, h, w), rows, cols)
+    with pytest.raises(ValueError, match=f'{h} × {w} positions cannot be cut into {rows} × {cols}'): cells(torch.rand(1, 2, h, w), rows, cols)
 
 def test_refined_pool():
     fmap,pool = torch.rand(2, 5, 6, 3),RefinedPool(5, 4)

@@ -97,3 +97,17 @@ def test_ensemble_of_models_without_recipe_has_none():
 @pytest.mark.parametrize('kw', [dict(weights=[1]), dict(weights=[1,0]), dict(weights=[1,float('nan')]), dict(sizes=[None])])
 def test_ensemble_bad_arguments(kw):
     with pytest.raises(ValueError, match='a positive weight and a size'): pair(**kw)
+
+def test_ensemble_has_a_summary_and_is_saved_with_its_fields(tmp_path):
+    e = pair()
+    s,own = e.summary((96,32), bs=1, n_runs=1),[m.summary((96,32), bs=1, n_runs=1) for m in e.models]
+    assert (s.params,s.macs,s.emb_size)==tuple(sum(getattr(o, k) for o in own) for k in ('params','macs','emb_size'))
+    e.preproc,e.pids,e.threshold = Preproc((96,32)),[2,3,5],.5
+    save_reid(tmp_path/'e.pt', e)
+    back = load_reid(tmp_path/'e.pt')
+    assert (back.preproc,back.pids,back.threshold,back.origin)==(Preproc((96,32)),[2,3,5],.5,None)
+
+def test_members_keep_their_own_preproc(tmp_path):
+    e = Ensemble([reid_model(resnet18, preproc=Preproc((32,16), mean=(m,)*3)) for m in (.4,.5)])
+    save_reid(tmp_path/'e.pt', e)
+    assert [o.preproc for o in load_reid(tmp_path/'e.pt').models]==[o.preproc for o in e.models] and e.sizes==[None,None]

@@ -238,6 +238,16 @@ def test_pids_come_with_training(dls, tmp_path):
     back = load_reid(tmp_path/'m.pt', reid_model(TinyNet, len(dls.pids)))
     assert (back.preproc,back.pids,back.threshold)==(dls.preproc,list(dls.pids),.25)
 
+def test_epochs_are_counted_across_checkpoints(dls, tmp_path):
+    "A new learner does not repeat the batches of the first epochs"
+    l = reid_learner(dls, TinyNet)
+    assert l.model.n_epochs==0
+    with l.no_bar(), l.no_logging(): l.fit(2)
+    l.save_reid(tmp_path/'m.pt')
+    again = reid_learner(dls, model=load_reid(tmp_path/'m.pt', reid_model(TinyNet, len(dls.pids))))
+    with again.no_bar(), again.no_logging(): again.fit(1)
+    assert dls.train.epoch==2 and again.model.n_epochs==3
+
 @pytest.mark.parametrize('how', ['wrapped','part','in place'])
 def test_compiled_model_is_saved_under_plain_names(tmp_path, how):
     model = reid_model(resnet18, 3)

@@ -1,4 +1,4 @@
-"""From a pooled feature to an embedding and logits, and the model that holds backbone, pooling and head together
+"""From a pooled feature to an embedding and logits
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/heads.html.md"""
 
@@ -17,7 +17,7 @@ from ..pooling.core import full_precision, narrow_to
 
 # %% ../../nbs/04_heads.ipynb #56e4da0f
 class ReIDOut(namedtuple('ReIDOut', 'logits feat emb')):
-    "What a head gives: `logits` (B,n_pids), `feat` (B,C) before the neck, `emb` (B,D) after it; part models put lists in"
+    "`logits` (B,n_pids), `feat` (B,C) before the neck and `emb` (B,D) after it; part models put lists in"
     __slots__ = ()
     def __new__(cls,
         logits, # Logits, (B,n_pids), or one iterable of all three fields
@@ -27,8 +27,8 @@ class ReIDOut(namedtuple('ReIDOut', 'logits feat emb')):
         return super().__new__(cls, *((logits, *rest) if rest or kwargs else logits), **kwargs)
 
     def __repr__(self):
-        def sz(o): return [sz(p) for p in o] if isinstance(o, (list,tuple)) else tuple(getattr(o, 'shape', ())) or o
-        return f'ReIDOut({", ".join(f"{k}={sz(v)}" for k,v in self._asdict().items())})'
+        def size(o): return list(map(size, o)) if isinstance(o, (list,tuple)) else tuple(getattr(o, 'shape', ())) or o
+        return f'ReIDOut({", ".join(f"{k}={size(v)}" for k,v in self._asdict().items())})'
 
 # %% ../../nbs/04_heads.ipynb #a7ec51f2
 def cosine_logits(
@@ -36,7 +36,8 @@ def cosine_logits(
     weight:torch.Tensor, # One row per identity, (n_pids,D)
 )->torch.Tensor: # Cosines, (B,n_pids) in [-1,1], at least float32
     "Cosine of the angle between every embedding and every identity's row, in full precision even under autocast"
-    with torch.autocast(emb.device.type, enabled=False): return F.normalize(full_precision(emb))@F.normalize(full_precision(weight)).T
+    with torch.autocast(emb.device.type, enabled=False):
+        return F.normalize(full_precision(emb))@F.normalize(full_precision(weight)).T
 
 class Classifier(nn.Linear):
     "One row of weights per identity and no bias; logits are products, or cosines if `cosine`"
@@ -49,7 +50,7 @@ class Classifier(nn.Linear):
         self.cosine = cosine
 
     def reset_parameters(self):
-        if self.out_features: super().reset_parameters()   # overwritten, but it keeps the random numbers of a seed in step
+        if self.out_features: super().reset_parameters() # keeps the random numbers of a seed in step
         nn.init.normal_(self.weight, std=0.01)
 
     def forward(self,
@@ -118,13 +119,17 @@ class ReductionHead(nn.Module):
     ):
         super().__init__()
         self.reduce = nn.Linear(n_feat, n_emb, bias=bias)
-        more = [*([nn.BatchNorm1d(n_emb)] if norm else []), *(o() for o in _acts[check_choice('act', act, _acts)])]
-        self.post = nn.Sequential(*more, *([nn.Dropout(dropout)] if dropout else []))
-        self.neck,self.classifier = BNNeck(n_emb) if neck else nn.Identity(),Classifier(n_emb, n_pids, cosine)
+        post = [nn.BatchNorm1d(n_emb)] if norm else []
+        post += [o() for o in _acts[check_choice('act', act, _acts)]]
+        if dropout: post.append(nn.Dropout(dropout))
+        self.post = nn.Sequential(*post)
+        self.neck = BNNeck(n_emb) if neck else nn.Identity()
+        self.classifier = Classifier(n_emb, n_pids, cosine)
         nn.init.kaiming_normal_(self.reduce.weight, mode='fan_out')
 
     def forward(self,
         feat:torch.Tensor, # Feature, (B,C)
     )->ReIDOut: # `feat` is still (B,C), `emb` is (B,`n_emb`)
-        emb = self.neck(self.post(narrow_to(full_precision(self.reduce(feat)), feat)))
+        small = narrow_to(full_precision(self.reduce(feat)), feat)
+        emb = self.neck(self.post(small))
         return ReIDOut(self.classifier(emb), feat, emb)

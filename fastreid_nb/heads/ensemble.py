@@ -8,13 +8,14 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/heads.ensemble.html.md"""
 __all__ = ['Ensemble', 'ensemble_from_recipes']
 
 # %% ../../nbs/04g_heads.ensemble.ipynb #639c6927
-import math, torch, torch.nn.functional as F
+import math
+import torch, torch.nn.functional as F
+from torch import nn
 from fastcore.basics import patch
 from ..data.preproc import Preproc
 from .core import ReIDOut
 from .model import plain_tensor
 from .rebuild import model_from_recipe
-from torch import nn
 
 # %% ../../nbs/04g_heads.ensemble.ipynb #d90317e8
 def _even(field):
@@ -35,7 +36,7 @@ class Ensemble(nn.Module):
     def __init__(self,
         models:list, # `ReIDModel`s
         weights:list=None, # One positive number each; equal by default, scaled to sum to 1
-        sizes:list=None, # (height, width) in pixels that each model looks at, None where it takes what comes; by default that of its `preproc`
+        sizes:list=None, # (height, width) of each model's images, None for what comes; by default that of its `preproc`
     ):
         super().__init__()
         weights = [1]*len(models) if weights is None else weights
@@ -48,7 +49,7 @@ class Ensemble(nn.Module):
         self.sizes = [o and tuple(o) for o in sizes]
         self.n_cams = max(getattr(m, 'n_cams', 0) for m in models)
         self.preproc = getattr(models[0], 'preproc', None)
-        self.pids,self.threshold,self.origin = [],None,None
+        self.pids,self.threshold,self.origin,self.n_epochs = [],None,None,0
 
     def _view(self, x, size):
         if size is None or tuple(x.shape[2:])==size: return x

@@ -42,7 +42,7 @@ class ReIDModel(nn.Module):
         self.backbone,self.pool,self.head = backbone,pool,head
         self.test_on = check_choice('test_on', test_on, ReIDOut._fields)
         self.preproc = preproc or backbone_preproc(backbone)
-        self.recipe,self.pids,self.threshold,self.origin = None,[],None,None
+        self.recipe,self.pids,self.threshold,self.origin,self.n_epochs = None,[],None,None,0
 
     @property
     def preproc(self): return self._preproc
@@ -133,8 +133,8 @@ def make_piece(piece, *args):
 
 def make_backbone(piece):
     "A module with `n_feat` from what `make_piece` takes"
-    if isinstance(piece, numbers.Number):
-        raise ValueError(f'the backbone is {piece}: expected the backbone first and then n_pids, e.g. resnet50, {piece}')
+    if isinstance(piece, numbers.Number): raise ValueError(
+        f'the backbone is {piece}: expected the backbone first and then n_pids, e.g. resnet50, {piece}')
     net = make_piece(as_ours(piece))
     if hasattr(net, 'n_feat'): return net
     raise ValueError(f'the backbone {type(net).__name__} has no attribute `n_feat`: '
@@ -172,10 +172,10 @@ def _describe(piece):
 
 # %% ../../nbs/04a_heads.model.ipynb #ac0678f9
 def reid_model(
-    backbone:str|Callable=resnet50, # Function, class or partial giving a module with `n_feat`, such a module, or 'timm/NAME'
+    backbone:str|Callable=resnet50, # Function or class giving a module with `n_feat`, such a module, or 'timm/NAME'
     n_pids:int=0, # Number of training identities, 0 to search only
-    pool:callable=None, # Function, class, partial or module (B,C,h,w) to (B,C); by default `GeM`, or `GlobalAvgPool` for a `signed_map`
-    head:callable=BNNeckHead, # Function, class or partial taking (n_feat, n_pids), or a module (B,C) to `ReIDOut`
+    pool:callable=None, # Gives a module (B,C,h,w) to (B,C); by default `GeM`, or `GlobalAvgPool` for a `signed_map`
+    head:callable=BNNeckHead, # Takes (n_feat, n_pids) and gives a module (B,C) to `ReIDOut`, or such a module
     preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
     test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'
 )->ReIDModel: # Untrained except for what `backbone` loads; `model.recipe` says how it was made

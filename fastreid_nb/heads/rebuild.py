@@ -35,7 +35,8 @@ def _public(piece, name):
         raise ValueError(f'fastreid_nb has no public name {name}: is this recipe from another version?')
     makes = fn if isinstance(fn, type) else inspect.signature(fn).return_annotation
     if isinstance(makes, type) and issubclass(makes, nn.Module): return fn
-    raise ValueError(f'the recipe makes its {piece} with {name}, which makes no part of a network and is therefore not run')
+    raise ValueError(f'the recipe makes its {piece} with {name}, which makes no part of a network '
+        'and is therefore not run')
 
 def _is_spec(o): return isinstance(o, dict) and o.keys()=={'fn','kw'}
 

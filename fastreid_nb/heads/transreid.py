@@ -1,4 +1,4 @@
-"""A transformer that looks at the whole picture once and at four hands of its patches
+"""A transformer that looks at the whole image once and at four hands of its patches
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/heads.transreid.html.md"""
 
@@ -21,14 +21,14 @@ from .rebuild import keep_recipe
 
 # %% ../../nbs/04e_heads.transreid.ipynb #57e62798
 def deal_patches(patches, shift=4, groups=2):
-    "(B,N,C) patches, `shift` of them moved from front to end, then one of each group in turn; filled up to a multiple of `groups`"
+    "Move `shift` of the patches (B,N,C) from front to end, fill up `groups`, and take one of each group in turn"
     x,lack = patches.roll(-shift, 1),-patches.shape[1]%groups
     filled = torch.cat([x, x[:,-1-lack:-1]], 1)
     return filled.unflatten(1, (groups,-1)).transpose(1, 2).flatten(1, 2)
 
 # %% ../../nbs/04e_heads.transreid.ipynb #b433eb71
 class Jigsaw(nn.Module):
-    "From the tokens (B,C,1+N,1) of a `net` with `tokens='trunk'` to 1+`n_parts` class tokens (B,C), the whole image's first"
+    "All tokens (B,C,1+N,1) of a trunk to 1+`n_parts` class tokens (B,C), that of the whole image first"
     def __init__(self, net, n_parts=4, shift=4, groups=2):
         super().__init__()
         self.n_parts,self.shift,self.groups = n_parts,shift,groups
@@ -88,7 +88,7 @@ def _our_name(k):
     return k
 
 def detect_transreid(state):
-    "`(make, state)` for a whole file of TransReID's with jigsaw branches: a partial of `transreid` that fits, and its state; else None"
+    "`(make, state)` for a file with jigsaw branches: a partial of `transreid` that fits, and its state; else None"
     if not {'base.cls_token','b1.0.norm1.weight','bottleneck_4.weight'}<=state.keys(): return None
     found = detect_vit({k.removeprefix('base.'):v for k,v in state.items() if k.startswith('base.')})
     if not found: return None

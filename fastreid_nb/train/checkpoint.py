@@ -43,7 +43,7 @@ def save_reid(
     threshold = getattr(model, 'threshold', None) if threshold is None else threshold
     ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=plain_state(model),
         preproc=model.preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
-        threshold=None if threshold is None else float(threshold))
+        threshold=None if threshold is None else float(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)))
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(ck, f)
 
 @patch
@@ -69,12 +69,12 @@ def load_reid(
     path:str|Path, # Written by `save_reid`
     model:nn.Module=None, # Model to load into; by default rebuilt from the recipe in the file
     device:str|torch.device='cpu', # Where the model goes
-)->ReIDModel: # In evaluation mode, with the `preproc`, `pids` and `threshold` of the file
+)->ReIDModel: # In evaluation mode, with the `preproc`, `pids`, `threshold` and `n_epochs` of the file
     "Load a model together with its preprocessing"
     ck = _read_checkpoint(path)
     if model is None: model = _rebuild(ck, path)
     fill_network(uncompiled(model), ck['state'], path, ignore=())
     model.preproc = Preproc.from_dict(ck['preproc'])
     if 'test_on' in ck: model.test_on = ck['test_on']
-    model.pids,model.threshold = ck['pids'],ck['threshold']
+    model.pids,model.threshold,model.n_epochs = ck['pids'],ck['threshold'],ck.get('n_epochs', 0)
     return model.to(device, memory_format=torch.channels_last).eval()
