@@ -134,7 +134,7 @@ class ReIDResult:
     "Scores of every query, and their means over the queries that were used"
     ap:np.ndarray # Average precision, (Q,) in (0,1]; NaN where the query was dropped
     inp:np.ndarray # Inverse negative penalty, (Q,) in (0,1]; NaN where dropped
-    first_match:np.ndarray # Rank of the nearest right picture, (Q,) from 1; 0 where dropped
+    first_match:np.ndarray # Rank of the nearest right image, (Q,) from 1; 0 where dropped
     why:np.ndarray # Why a query was dropped, (Q,) text; '' where it was used
     top:np.ndarray # Nearest gallery rows after removal, (Q,k), nearest first; -1 where there is none
     top_dist:np.ndarray # Their distances, (Q,k)
@@ -142,7 +142,7 @@ class ReIDResult:
     g:pd.DataFrame # Table of the gallery
     protocol:Protocol # What was removed before scoring
     metric:str # Name of the distance
-    n_removed:int # Gallery pictures removed by the protocol, summed over queries
+    n_removed:int # Gallery images removed by the protocol, summed over queries
     max_rank:int # Length of `cmc`
     shots:np.ndarray=None # Rank in each single-shot gallery, (Q,n) from 1; None if rank-k is taken over the whole gallery
 
@@ -157,7 +157,7 @@ class ReIDResult:
     def rank(self,
         k:int, # Length of the list looked at, 1 or more
     )->float: # In [0,1]
-        "Share of the used queries with a right picture among the first `k`"
+        "Share of the used queries with a right image among the first `k`"
         if k<1: raise ValueError(f'ranks count from 1, got k={k}')
         ranks = self.first_match if self.shots is None else self.shots
         return float((ranks[self.used]<=k).mean())

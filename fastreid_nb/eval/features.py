@@ -123,7 +123,8 @@ def _protocol_fields(protocol):
     if type(protocol) is not Protocol:
         expected = 'a Protocol, whose fields can be saved; its code cannot'
         raise ValueError(f'protocol {protocol.name!r} is a {type(protocol).__name__}: expected {expected}')
-    return dict(zip(asdict(protocol), _to_plain(pd.Series(asdict(protocol), dtype=object, name='protocol'))))
+    plain = _to_plain(pd.Series(asdict(protocol), dtype=object, name='protocol'))
+    return dict(zip(asdict(protocol), plain))
 
 @patch
 def save(self:Features,

@@ -20,25 +20,25 @@ from .features import Features, cosine_dist, evaluate
 
 # %% ../../nbs/07g_eval.floors.ipynb #09093b56
 def _small(img, size):
-    "`img`, a path or a PIL picture, as RGB of `size` (height, width)"
+    "`img`, a path or a PIL image, as RGB of `size` (height, width)"
     img = to_rgb(img) if isinstance(img, Image.Image) else open_image(img)
     return img.resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2)
 
 def raw_pixels(
-    img:str|Path|Image.Image, # Picture
+    img:str|Path|Image.Image, # Image
     size:tuple=(32,16), # (height, width) it is brought to, pixels
 )->np.ndarray: # (3·height·width,) float32 in [0,1]
-    "The pixels of a picture made small, row by row"
+    "The pixels of an image made small, row by row"
     return np.asarray(_small(img, size), dtype=np.float32).ravel()/255
 
 # %% ../../nbs/07g_eval.floors.ipynb #79c564f9
 def color_hist(
-    img:str|Path|Image.Image, # Picture
+    img:str|Path|Image.Image, # Image
     stripes:int=6, # Horizontal stripes
     bins:tuple=(8,4,4), # Bins of hue, saturation and value
-    size:tuple=(96,48), # (height, width) the picture is brought to first, pixels
+    size:tuple=(96,48), # (height, width) the image is brought to first, pixels
 )->np.ndarray: # (stripes · product of bins,) float32, of length 1
-    "Square roots of the share of each colour in each stripe of a picture, top to bottom"
+    "Square roots of the share of each colour in each stripe of an image, top to bottom"
     hsv = np.asarray(_small(img, size).convert('HSV'), dtype=int)
     code = np.ravel_multi_index(tuple((hsv*bins//256).transpose(2,0,1)), bins)
     n = np.prod(bins)
@@ -58,7 +58,7 @@ def features_from(
     with ThreadPoolExecutor(n_workers) as ex:
         vecs = ex.map(lambda i: f(ps[i]), range(len(ps)))
         vecs = list(progress_bar(vecs, total=len(df), leave=False) if progress else vecs)
-    if len(sizes := {np.shape(o) for o in vecs})>1: raise ValueError(f'vectors of shapes {sorted(sizes)}: expected one shape for all pictures')
+    if len(sizes := {np.shape(o) for o in vecs})>1: raise ValueError(f'vectors of shapes {sorted(sizes)}: expected one shape for all images')
     return Features(np.stack(vecs), df)
 
 # %% ../../nbs/07g_eval.floors.ipynb #f2f5ab34

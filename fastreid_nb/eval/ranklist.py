@@ -1,4 +1,4 @@
-"""Look at the lists behind the numbers: which queries fail, and what is found in their place
+"""Look at the lists behind the numbers: which queries fail, and what was found instead
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/eval.ranklist.html.md"""
 
@@ -26,7 +26,7 @@ def plot(self:ReIDResult,
     "The CMC curve, and a histogram of average precision over the queries"
     fig,(a,b) = plt.subplots(1, 2, figsize=figsize, layout='constrained')
     a.step(range(1, self.max_rank+1), self.cmc, where='mid', color=_blue)
-    a.set(xlabel='rank k', ylabel='share of queries', ylim=(0,1.05), title='right picture among the first k (CMC)')
+    a.set(xlabel='rank k', ylabel='share of queries', ylim=(0,1.05), title='right image among the first k (CMC)')
     b.hist(self.ap[self.used], bins=20, range=(0,1), color=_blue, alpha=.6)
     b.axvline(self.mAP, color='k', ls='--', label=f'mAP {self.mAP:.3f}')
     b.set(xlabel='average precision', ylabel='queries', title=f'{self.n_used} queries')
@@ -56,7 +56,7 @@ def pick_queries(
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #af91d900
 def _thumb(df, i, px=256):
-    "The picture of row `i`, at most `px` high and wide"
+    "The image of row `i`, at most `px` high and wide"
     im = Pictures(df.iloc[[i]])[0]
     im.thumbnail((px,px))
     return im
@@ -67,7 +67,7 @@ def _who(df, i, default=''):
     return name if len(name)<11 else f'{name[:9]}…'
 
 def _panels(res, row, k):
-    "(picture, colour, text above, text below) of query `row` and of its `k` nearest gallery pictures, fewer if there are fewer"
+    "(image, colour, text above, text below) of query `row` and of its `k` nearest gallery images, fewer if there are fewer"
     panels = [(_thumb(res.q, row), _blue, _who(res.q, row, 'query'), f'AP {res.ap[row]:.2f}' if res.used[row] else 'dropped')]
     for i,(j,d) in enumerate(zip(res.top[row,:k], res.top_dist[row,:k])):
         if j<0: break
@@ -77,10 +77,10 @@ def _panels(res, row, k):
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #b16f8d89
 def _grid(sizes, k, width):
-    "Figure and axes (rows,1+k) for pictures of about `sizes`, with a gap after the first column"
+    "Figure and axes (rows,1+k) for images of about `sizes`, with a gap after the first column"
     tall = np.clip(np.median([h/w for w,h in sizes]), .4, 2.5)
     width = width or max(8, .6*(1.08*k+1.4))
-    cell,top,text = width/(1.08*k+1.4),.28,.52   # inches: a picture, the title, the two lines of text
+    cell,top,text = width/(1.08*k+1.4),.28,.52   # inches: an image, the title, the two lines of text
     high = top + len(sizes)*(cell*tall + text)
     fig = plt.figure(figsize=(width,high))
     grid = fig.add_gridspec(len(sizes), k+2, left=.01, right=.99, top=1-(top+.6*text)/high, bottom=.45*text/high,
@@ -88,7 +88,7 @@ def _grid(sizes, k, width):
     return fig,[[fig.add_subplot(grid[r,c]) for c in (0,*range(2,k+2))] for r in range(len(sizes))]
 
 def _draw(ax, im, color, above, below):
-    "One framed picture with a line of text above and below"
+    "One framed image with a line of text above and below"
     ax.imshow(im)
     ax.set(xticks=[], yticks=[])
     for o in ax.spines.values(): o.set(color=color, linewidth=2.5)
@@ -101,12 +101,12 @@ def _draw(ax, im, color, above, below):
 def show_ranks(self:ReIDResult,
     n:int=3, # Queries, one row each
     order:str|list='mixed', # As in `pick_queries`; or a list of rows of the query table
-    k:int=10, # Gallery pictures per query
+    k:int=10, # Gallery images per query
     seed:int=0, # For `order='random'`
     save:str|Path=None, # File to write the figure to as well, such as `ranked_list.png`
-    width:float=None, # Inches; by default 8, or more to keep every picture 0.6 wide. The height follows from the pictures
+    width:float=None, # Inches; by default 8, or more to keep every image 0.6 wide. The height follows from the images
 )->plt.Figure: # One row of axes per query
-    "Ranked lists: the query in blue, then its nearest gallery pictures, right ones in green with ✓ and wrong ones in red with ✗"
+    "Ranked lists: the query in blue, then its nearest gallery images, right ones in green with ✓ and wrong ones in red with ✗"
     if 'path' not in self.q or 'path' not in self.g: raise ValueError(
         'no column `path` in the tables of query or gallery: give it to `evaluate` or `rank_dist` with the other columns')
     rows = pick_queries(self, n, order, seed) if isinstance(order, str) else [int(o) for o in order]
