@@ -26,7 +26,7 @@ from fastreid_nb.heads.model import reid_model
 import fastreid_nb.data.subsets   # adds `rename`; chkstyle: ignore
 from fastreid_nb.heads.model import eval_mode
 from fastreid_nb.eval.score import ScoreReID
-from fastreid_nb.eval.inference import embed, evaluate_data, evaluate_sets, extract
+from fastreid_nb.eval.inference import embed, embed_batches, evaluate_data, evaluate_sets
 from fastreid_nb.eval.ranklist import pick_queries
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.core import reid_learner
@@ -132,10 +132,10 @@ def test_dropped_and_why():
     q = pd.DataFrame(dict(pid=[0,1,2,0], camid=[0,0,0,1]))
     g = pd.DataFrame(dict(pid=[0,1,9], camid=[1,0,1]))
     res = rank_dist(torch.rand(4,3), q, g)
-    assert list(res.why)==['', 'only same-camera pictures', 'no other picture of the identity', 'only same-camera pictures']
-    assert res.dropped=={'only same-camera pictures':2, 'no other picture of the identity':1} and (res.n_used,res.n_queries)==(1,4)
+    assert list(res.why)==['', 'only same-camera images', 'no other image of the identity', 'only same-camera images']
+    assert res.dropped=={'only same-camera images':2, 'no other image of the identity':1} and (res.n_used,res.n_queries)==(1,4)
     text = repr(res)+res._repr_html_()
-    assert text.count('2 only same-camera pictures')==2 and text.count('1 no other picture')==2
+    assert text.count('2 only same-camera images')==2 and text.count('1 no other image')==2
     json.dumps(res.to_dict())
 
 def test_protocol_chosen():
@@ -177,7 +177,7 @@ def test_same_file():
     assert rank_dist(dist, df[['pid']], df[['pid']]).rank(1)==1
 
 @pytest.mark.parametrize('err,make', [
-    ("none of 3 queries can be scored: 3 only same-camera pictures.*Give every source", lambda q,g: (q.assign(camid=0), g.assign(camid=0), 'market')),
+    ("none of 3 queries can be scored: 3 only same-camera images.*Give every source", lambda q,g: (q.assign(camid=0), g.assign(camid=0), 'market')),
     ('numbered together', lambda q,g: (q.assign(pid=q.pid+50), g, None)),
     ('the gallery is empty', lambda q,g: (q, g[:0], None)),
     ('the query is empty', lambda q,g: (q[:0], g, None)),
@@ -445,9 +445,9 @@ def test_extract_order_and_workers(toy, dls):
     assert np.allclose(a.ap, b.ap, atol=1e-6, equal_nan=True) and np.allclose(a.ap, evaluate(q, g).ap, atol=1e-6, equal_nan=True)
 
 def test_extract_refuses(dls):
-    with pytest.raises(ValueError, match='no batch'): extract(nn.Flatten(), [], progress=False)
-    with pytest.raises(ValueError, match='expected an embedding'): extract(nn.Identity(), [torch.rand(2,3,4,4)], progress=False)
-    assert extract(nn.Flatten(), [torch.rand(2,3,4,4)], progress=False).shape==(2,48)
+    with pytest.raises(ValueError, match='no batch'): embed_batches(nn.Flatten(), [], progress=False)
+    with pytest.raises(ValueError, match='expected an embedding'): embed_batches(nn.Identity(), [torch.rand(2,3,4,4)], progress=False)
+    assert embed_batches(nn.Flatten(), [torch.rand(2,3,4,4)], progress=False).shape==(2,48)
 
 def test_embed_forms(toy, dls):
     model,path = tiny(dls).model,toy.query.path[0]
