@@ -144,7 +144,7 @@ class ReIDResult:
     metric:str # Name of the distance
     n_removed:int # Gallery images removed by the protocol, summed over queries
     max_rank:int # Length of `cmc`
-    shots:np.ndarray=None # Rank in each single-shot gallery, (Q,n) from 1; None if rank-k is taken over the whole gallery
+    shots:np.ndarray=None # Rank in each single-shot gallery, (Q,n) from 1; None if rank-k is over the whole gallery
 
     used = property(lambda self: self.why=='')
     mAP = property(lambda self: float(self.ap[self.used].mean()))
@@ -232,10 +232,10 @@ def _blank(q, g, why, protocol, metric, max_rank):
 
 # %% ../../nbs/07_eval.ipynb #280022ea
 def rank_dist(
-    dist:torch.Tensor|Callable, # Distances (Q,G), smaller is closer; or a function: positions of some queries → their rows
+    dist:torch.Tensor|Callable, # Distances (Q,G), smaller is closer; or a function: positions of queries → rows
     q:pd.DataFrame, # Q rows with `pid` and, if known, `camid` and `path`; `Features` or a dict of columns will do
     g:pd.DataFrame, # G rows, likewise
-    protocol:str|Protocol=None, # A name in `protocols` or your own; by default that of the features, else as `choose_protocol`
+    protocol:str|Protocol=None, # A name in `protocols` or your own; else that of the features, else `choose_protocol`
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
     metric:str='given', # Name of the distance, for the table

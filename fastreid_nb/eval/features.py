@@ -86,7 +86,7 @@ class Features:
     def __init__(self,
         emb:torch.Tensor, # (N,D), kept as float32 on the CPU
         df:pd.DataFrame, # N rows with `pid` and usually `camid` and `path`; any other columns are kept too
-        protocol:str|Protocol=None, # How the data is scored: a name in `protocols` or your own; None leaves it to `evaluate`
+        protocol:str|Protocol=None, # How the data is scored: a name or your own; None leaves it to `evaluate`
     ):
         emb = torch.as_tensor(emb).detach().as_subclass(torch.Tensor).float().cpu().contiguous()
         if emb.ndim!=2: raise ValueError(f'`emb` must be (N,D), one row per image, got {tuple(emb.shape)}')
@@ -159,7 +159,7 @@ def evaluate(
     q:Features, # Queries
     g:Features, # Gallery
     dist:Callable=cosine_dist, # (Q,D),(G,D) → (Q,G), smaller is closer
-    protocol:str|Protocol=None, # A name in `protocols` or your own; by default that of the features, else as `choose_protocol`
+    protocol:str|Protocol=None, # A name in `protocols` or your own; else that of the features, else `choose_protocol`
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
     device:str|torch.device=None, # Where to compute; by default where the features are
@@ -174,7 +174,7 @@ def evaluate(
 @patch
 def pool(self:Features,
     by:list=('dsetid','pid','camid','trackid'), # Columns; rows that agree in those of them the table has become one
-)->Features: # A row per group, in the order of first rows, with their columns and `n_pooled`, the rows pooled; same protocol
+)->Features: # A row per group, with the columns of its first row and `n_pooled`, its number of rows; same protocol
     "Mean of the unit vectors of every group of rows"
     cols = [c for c in by if c in self.df]
     if not cols:

@@ -111,8 +111,8 @@ def embed(
     preproc:Preproc=None, # How images are read; by default `model.preproc`
     bs:int=64, # Images in a batch
     normalize:bool=True, # Scale every row to length 1?
-    dtype:torch.dtype=None, # Autocast to bfloat16 or float16; by default float32 (on CUDA with TF32 convolutions, as PyTorch)
-    num_workers:int=None, # Processes that read a long list of paths; by default threads, and for over 1,000 fastai's choice
+    dtype:torch.dtype=None, # Autocast to bfloat16 or float16; by default float32 (TF32 convolutions on CUDA)
+    num_workers:int=None, # Processes that read many paths; by default threads, over 1,000 fastai's choice
 )->torch.Tensor: # (N,D), float32 on the CPU; (1,D) for one image
     "Vectors of images from anywhere"
     imgs,preproc = as_list(imgs),preproc_of(model, preproc)
@@ -177,7 +177,7 @@ def evaluate(self:Learner,
 
 # %% ../../nbs/07c_eval.inference.ipynb #bd04c593
 def evaluate_data(
-    model:nn.Module, # (B,3,H,W) float in [0,1] → (B,D), in evaluation mode; images are embedded and ranked on its device
+    model:nn.Module, # (B,3,H,W) float in [0,1] → (B,D), in evaluation mode; ranking is done on its device
     data:ReIDData, # Its `query` and `gallery` are scored
     preproc:Preproc=None, # How images are read; by default `model.preproc`
     bs:int=128, # Images in a batch

@@ -124,13 +124,13 @@ def _draw(ax, panel):
 @patch
 def show_ranks(self:ReIDResult,
     n:int=3, # Queries, one row each
-    order:str|list='mixed', # 'mixed' (evenly from worst to best), 'worst', 'median', 'best', 'random', or a list of query rows
+    order:str|list='mixed', # 'mixed' (evenly, worst to best), 'worst', 'median', 'best', 'random'; or query rows
     k:int=10, # Gallery images per query
     seed:int=0, # For `order='random'`
     save:str|Path=None, # File to write the figure to as well, such as `ranked_list.png`
     width:float=None, # Inches; by default 8, or more to keep every image 0.6 wide. The height follows from the images
 )->plt.Figure: # One row of axes per query
-    "Ranked lists: the query in blue, then its nearest gallery images, right ones in green with ✓ and wrong ones in red with ✗"
+    "Ranked lists: the query in blue, then its nearest gallery images, right in green with ✓, wrong in red with ✗"
     if 'path' not in self.q or 'path' not in self.g:
         advice = 'give it to `evaluate` or `rank_dist` with the other columns'
         raise ValueError(f'no column `path` in the tables of query or gallery: {advice}')

@@ -19,7 +19,7 @@ from .inference import data_of, emb_of, fetch, join, split_emb
 
 # %% ../../nbs/07d_eval.score.ipynb #c8f423a6
 class ScoreReID(Callback):
-    "After an epoch score query and gallery: columns `mAP` and `rank-1` instead of `valid_loss`, all of it in `learn.reid_result`"
+    "After an epoch score query and gallery: columns `mAP` and `rank-1`, and all of it in `learn.reid_result`"
     name,order = 'score_reid',55   # Recorder (50) < ScoreReID < ProgressCallback (60)
     def __init__(self,
         every:int=1, # Score every so many epochs, and always after the last
@@ -32,10 +32,12 @@ class ScoreReID(Callback):
     def before_fit(self):
         data = data_of(self.dls)
         self.trained = False
-        self.on = self is [o for o in self.learn.cbs if isinstance(o, ScoreReID)][-1]   # given twice, the later one works
+        given = [o for o in self.learn.cbs if isinstance(o, ScoreReID)]
+        self.on = self is given[-1]   # of two the later one works
         if not matchable(data).any():
-            found = f'none of {len(data.query)} queries has a match among {len(data.gallery)} gallery images'
-            raise ValueError(f'{found} under protocol {data.protocol}, so there is nothing to score: `data.check()` says more')
+            sizes = f'{len(data.query)} queries has a match among {len(data.gallery)} gallery images'
+            advice = 'so there is nothing to score: `data.check()` says more'
+            raise ValueError(f'none of {sizes} under protocol {data.protocol}, {advice}')
         if self.on and self._rec: self._name_columns(self._rec)
 
     @property
