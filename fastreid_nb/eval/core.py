@@ -54,11 +54,12 @@ def _kind(protocol):
 
 def _count(why): return '; '.join(f'{n} {reason}' for reason,n in Counter(why[why!='']).items())
 
+# %% ../../nbs/07_eval.ipynb #24bb6397
 def _nothing_left(why, only, protocol):
     "What to say when no query can be scored"
     advice = 'Were query and gallery numbered together, and does the gallery hold other images of these identities?'
-    if only!=_alone and (why==only).all():
-        advice = f"Give every source its own number in {protocol.source!r}, or use protocol='no_camera'"
+    renumber = f"Give every source its own number in {protocol.source!r}, or use protocol='no_camera'"
+    if only!=_alone and (why==only).all(): advice = renumber
     return f'none of {len(why)} queries can be scored: {_count(why)}. {advice}'
 
 def _why_dropped(q, g, q_src, g_src, protocol):
@@ -205,8 +206,8 @@ def _rows_of(dist, nq, ng):
         raise ValueError(f'expected distances of shape ({nq},{ng}) for these tables, got {tuple(whole.shape)}')
     def rows(pos):
         d = torch.as_tensor(dist(pos)) if whole is None else whole[pos.to(whole.device)]
-        if d.shape!=(len(pos),ng):
-            raise ValueError(f'expected distances of shape ({len(pos)},{ng}), got {tuple(d.shape)}')
+        want = f'expected distances of shape ({len(pos)},{ng})'
+        if d.shape!=(len(pos),ng): raise ValueError(f'{want}, got {tuple(d.shape)}')
         if d.isnan().any(): raise ValueError('NaN among the distances, which cannot be sorted')
         return d
     return rows
@@ -279,8 +280,8 @@ def sum_dists(
         expected = 'expected one weight each, with a sum above 0'
         raise ValueError(f'{len(dists)} distances and weights {weights}: {expected}')
     shapes = {tuple(np.shape(d)) for d in dists if not callable(d)}
-    if len(shapes)>1:
-        raise ValueError(f'distances of shapes {sorted(shapes)}: expected the same queries and gallery in each')
+    expected = 'expected the same queries and gallery in each'
+    if len(shapes)>1: raise ValueError(f'distances of shapes {sorted(shapes)}: {expected}')
     weights = [w/sum(weights) for w in weights]
     if not any(map(callable, dists)): return _weighted_sum(dists, weights)
     def rows(pos): return _weighted_sum([d(pos) if callable(d) else torch.as_tensor(d)[pos] for d in dists], weights)

@@ -41,7 +41,8 @@ def _pairwise(f, q, g, sz=8192):
     "`f(q, rows of g)` for `sz` rows at a time, joined to (Q,G); never under autocast, which would round to 8 bits"
     q,g = _pair(q, g)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        d = torch.cat([f(q,o).to(q.dtype) for o in g.split(sz)], 1)
+        blocks = [f(q,o).to(q.dtype) for o in g.split(sz)]
+        d = torch.cat(blocks, 1)
     if not d.isfinite().all(): raise ValueError(_not_finite(q, g))
     return d
 
@@ -117,6 +118,7 @@ def _to_dtype(s):
     if not isinstance(s.dtype, pd.CategoricalDtype): return str(s.dtype)
     return dict(categories=_to_plain(s.cat.categories.to_series(name=s.name)), ordered=s.cat.ordered)
 
+# %% ../../nbs/07a_eval.features.ipynb #665cc9be
 def _protocol_fields(protocol):
     "The fields of a protocol as plain values; None for none"
     if protocol is None: return None

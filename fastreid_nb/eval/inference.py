@@ -40,6 +40,7 @@ def emb_of(out, n):
         raise ValueError(f'expected an embedding of shape ({n},D) from the model in evaluation mode, got {got}')
     return emb.detach().as_subclass(torch.Tensor).float()
 
+# %% ../../nbs/07c_eval.inference.ipynb #20d84867
 def send(x, device):
     "Copy `x` to `device`; to CUDA from pinned memory, and without waiting"
     if device.type!='cuda' or x.device.type!='cpu': return x.to(device)
@@ -89,6 +90,7 @@ def preproc_of(model, preproc):
         raise ValueError(f'how are images read for this model? {advice}')
     return preproc
 
+# %% ../../nbs/07c_eval.inference.ipynb #2abf7966
 def path_batches(paths, preproc, bs, num_workers, device):
     "Batches (B,3,H,W) in [0,1] of many files, read several at a time, in order"
     if num_workers is None and len(paths)<=1000: num_workers = 0   # threads: processes would take longer to start
@@ -144,8 +146,8 @@ def split_emb(emb, data):
 def data_of(dls):
     "The `ReIDData` behind `dls`"
     data = getattr(dls, 'data', None)
-    if not isinstance(data, ReIDData):
-        raise ValueError('these DataLoaders know no query and gallery: make them with `reid_dls`')
+    advice = 'make them with `reid_dls`'
+    if not isinstance(data, ReIDData): raise ValueError(f'these DataLoaders know no query and gallery: {advice}')
     return data
 
 def precision_of(learn):

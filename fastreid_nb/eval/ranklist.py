@@ -35,12 +35,9 @@ def plot(self:ReIDResult,
     return fig
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #150bd938
-orders = {
-    'mixed': 'From the worst query to the best, by average precision',
-    'worst': 'Worst queries by average precision, worst first',
-    'median': 'Queries around the median average precision, worst first',
-    'best': 'Best queries by average precision, best first',
-    'random': 'Random queries'}
+orders = dict(mixed='From the worst query to the best, by average precision', random='Random queries',
+    worst='Worst queries by average precision, worst first', best='Best queries by average precision, best first',
+    median='Queries around the median average precision, worst first')
 
 def pick_queries(
     res:ReIDResult, # Scored queries
@@ -49,8 +46,8 @@ def pick_queries(
     seed:int=0, # For 'random'
 )->np.ndarray: # Rows of the query table, at most `n`
     "Choose `n` of the scored queries by their average precision"
-    if order not in orders:
-        raise ValueError(f'unknown order {order!r}: expected one of {list(orders)}, or a list of query rows')
+    known = f'{list(orders)}, or a list of query rows'
+    if order not in orders: raise ValueError(f'unknown order {order!r}: expected one of {known}')
     if n<1: raise ValueError(f'expected one query or more, got n={n}')
     rows = np.flatnonzero(res.used)
     rows = rows[np.argsort(res.ap[rows], kind='stable')]
@@ -80,6 +77,7 @@ def _who(df, i, default=''):
     name = str(df.pid_name[i]) if 'pid_name' in df else default
     return name if len(name)<11 else f'{name[:9]}…'
 
+# %% ../../nbs/07f_eval.ranklist.ipynb #c156b5e1
 def _hit_panel(res, row, i):
     "Panel of the gallery image at rank `i`+1 of query `row`"
     j,dist = res.top[row,i],res.top_dist[row,i]
@@ -104,9 +102,9 @@ def _grid(sizes, k, width):
     cell,title,text = width/columns,.28,.52   # inches: an image, the title, the two lines of text
     height = title + len(sizes)*(cell*tall + text)
     fig = plt.figure(figsize=(width,height))
-    grid = fig.add_gridspec(len(sizes), k+2, left=.01, right=.99,
-        top=1-(title+.6*text)/height, bottom=.45*text/height,
-        width_ratios=[1,.18]+[1]*k, wspace=.08, hspace=text/cell/tall)
+    margins = dict(left=.01, right=.99, top=1-(title+.6*text)/height, bottom=.45*text/height)
+    gaps = dict(wspace=.08, hspace=text/cell/tall)
+    grid = fig.add_gridspec(len(sizes), k+2, width_ratios=[1,.18]+[1]*k, **margins, **gaps)
     shown = [0, *range(2,k+2)]
     return fig,[[fig.add_subplot(grid[r,c]) for c in shown] for r in range(len(sizes))]
 
@@ -136,8 +134,8 @@ def show_ranks(self:ReIDResult,
         raise ValueError(f'no column `path` in the tables of query or gallery: {advice}')
     named = isinstance(order, str)
     rows = pick_queries(self, n, order, seed) if named else [int(o) for o in order]
-    if not all(0<=o<len(self.q) for o in rows):
-        raise ValueError(f'query rows {rows}: expected numbers from 0 to {len(self.q)-1}')
+    last = len(self.q)-1
+    if not all(0<=o<=last for o in rows): raise ValueError(f'query rows {rows}: expected numbers from 0 to {last}')
     k = min(k, self.top.shape[1])
     panels = [_panels(self, o, k) for o in rows]
     fig,axs = _grid([o[0].im.size for o in panels], k, width)

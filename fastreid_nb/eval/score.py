@@ -9,7 +9,6 @@ __all__ = ['ScoreReID']
 
 # %% ../../nbs/07d_eval.score.ipynb #9cfd6ace
 from collections.abc import Callable
-import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -72,6 +71,7 @@ def _score(self:ScoreReID):
     q,g = split_emb(join(self.embs, self.dls.device), data_of(self.dls))
     return evaluate(q, g, self.dist, device=self.dls.device)
 
+# %% ../../nbs/07d_eval.score.ipynb #851c1cfe
 @patch
 def _name_columns(self:ScoreReID, rec):
     names = list(rec.metric_names)
