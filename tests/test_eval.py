@@ -535,7 +535,7 @@ def test_features_score_as_the_learner(toy, protocol, tmp_path):
     feats = learn.features(progress=False)
     kept = [Features.load(o.save(tmp_path/f'{i}.pt')) for i,o in enumerate(feats)]
     quiet(learn, learn.validate)
-    direct = evaluate_data(learn.model, data, Preproc((48,24)), num_workers=0, progress=False)
+    direct = evaluate_data(learn.model, data, num_workers=0, progress=False)
     assert want.protocol==protocol
     for o in (evaluate(*feats), evaluate(*kept), rank_dist(cosine_dist(*(o.emb for o in feats)), *feats), learn.reid_result, direct):
         assert o.protocol==protocol and o.n_removed==want.n_removed
@@ -608,7 +608,7 @@ def test_evaluate_data_ranks_where_the_model_is(toy, dls, monkeypatch):
         return evaluate(*args, **kwargs)
     monkeypatch.setattr(inference, 'evaluate', spy)
     model = tiny(dls).model
-    evaluate_data(model, toy, Preproc((48,24)), num_workers=0, progress=False)
+    evaluate_data(model, toy, num_workers=0, progress=False)
     assert asked==[next(model.parameters()).device]
 
 @pytest.mark.parametrize('devices,want', [([cpu,cpu],cpu), ([cpu,cuda],cuda), ([cuda,cpu],cuda), ([cpu,torch.device('mps')],torch.device('mps'))])

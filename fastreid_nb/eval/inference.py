@@ -114,7 +114,7 @@ def embed(
     bs:int=64, # Images in a batch
     normalize:bool=True, # Scale every row to length 1?
     dtype:torch.dtype=None, # Autocast to bfloat16 or float16; by default float32 (TF32 convolutions on CUDA)
-    num_workers:int=None, # Processes that read many paths; by default threads, over 1,000 fastai's choice
+    num_workers:int=None, # Processes that read many paths; by default threads, over 1,000 as in `plain_dl`
 )->torch.Tensor: # (N,D), float32 on the CPU; (1,D) for one image
     "Vectors of images from anywhere"
     imgs,preproc = as_list(imgs),preproc_of(model, preproc)
@@ -131,7 +131,7 @@ def embed(self:Learner,
     normalize:bool=True, # Scale every row to length 1?
 )->torch.Tensor: # (N,D), float32 on the CPU
     "Vectors of images from anywhere, read as the learner's own data"
-    return embed(self.model, imgs, self.dls.preproc, bs, normalize)
+    return embed(self.model, imgs, getattr(self.model, 'preproc', None) or self.dls.preproc, bs, normalize)
 
 # %% ../../nbs/07c_eval.inference.ipynb #6953cb47
 def split_emb(emb, data):
@@ -183,7 +183,7 @@ def evaluate_data(
     data:ReIDData, # Its `query` and `gallery` are scored
     preproc:Preproc=None, # How images are read; by default `model.preproc`
     bs:int=128, # Images in a batch
-    num_workers:int=None, # Processes that read images; by default fastai's choice
+    num_workers:int=None, # Processes that read images; by default one per processor, at most 8
     dtype:torch.dtype=None, # As in `embed`
     dist:Callable=cosine_dist, # As in `evaluate`
     protocol:str|Protocol=None, # A name in `protocols` or your own; by default that of `data`
