@@ -17,16 +17,17 @@ from PIL import Image
 from torch import nn
 
 from fastreid_nb.data.preproc import Preproc
-from fastreid_nb.augment.loaders import reid_dls
-from fastreid_nb.data.core import Protocol, ReIDData
-from fastreid_nb.eval.core import ReIDResult, rank_dist
+from fastreid_nb.augment.loaders import plain_dl, reid_dls
+from fastreid_nb.data.core import Protocol, ReIDData, protocols
+from fastreid_nb.eval import core, inference
+from fastreid_nb.eval.core import ReIDResult, rank_dist, sum_dists
 from fastreid_nb.eval.features import Features, cosine_dist, euclidean_dist, evaluate, sq_euclidean_dist
 from fastreid_nb.eval.floors import color_hist, features_from, floor_scores, raw_pixels
 from fastreid_nb.heads.model import reid_model
 import fastreid_nb.data.subsets   # adds `rename`; chkstyle: ignore
 from fastreid_nb.heads.model import eval_mode
 from fastreid_nb.eval.score import ScoreReID
-from fastreid_nb.eval.inference import embed, evaluate_data, evaluate_sets, extract
+from fastreid_nb.eval.inference import embed, embed_batches, evaluate_data, evaluate_sets
 from fastreid_nb.eval.ranklist import pick_queries
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.core import reid_learner
@@ -132,10 +133,10 @@ def test_dropped_and_why():
     q = pd.DataFrame(dict(pid=[0,1,2,0], camid=[0,0,0,1]))
     g = pd.DataFrame(dict(pid=[0,1,9], camid=[1,0,1]))
     res = rank_dist(torch.rand(4,3), q, g)
-    assert list(res.why)==['', 'only same-camera pictures', 'no other picture of the identity', 'only same-camera pictures']
-    assert res.dropped=={'only same-camera pictures':2, 'no other picture of the identity':1} and (res.n_used,res.n_queries)==(1,4)
+    assert list(res.why)==['', 'only same-camera images', 'no other image of the identity', 'only same-camera images']
+    assert res.dropped=={'only same-camera images':2, 'no other image of the identity':1} and (res.n_used,res.n_queries)==(1,4)
     text = repr(res)+res._repr_html_()
-    assert text.count('2 only same-camera pictures')==2 and text.count('1 no other picture')==2
+    assert text.count('2 only same-camera images')==2 and text.count('1 no other image')==2
     json.dumps(res.to_dict())
 
 def test_protocol_chosen():
@@ -177,7 +178,7 @@ def test_same_file():
     assert rank_dist(dist, df[['pid']], df[['pid']]).rank(1)==1
 
 @pytest.mark.parametrize('err,make', [
-    ("none of 3 queries can be scored: 3 only same-camera pictures.*Give every source", lambda q,g: (q.assign(camid=0), g.assign(camid=0), 'market')),
+    ("none of 3 queries can be scored: 3 only same-camera images.*Give every source", lambda q,g: (q.assign(camid=0), g.assign(camid=0), 'market')),
     ('numbered together', lambda q,g: (q.assign(pid=q.pid+50), g, None)),
     ('the gallery is empty', lambda q,g: (q, g[:0], None)),
     ('the query is empty', lambda q,g: (q[:0], g, None)),
@@ -332,6 +333,51 @@ def test_features_refuse(tmp_path):
     with pytest.raises(ValueError, match="'box' holds a tuple"): Features(torch.rand(3,2), df.assign(box=[(1,2)]*3)).save(path)
     assert path.read_bytes()==before and len(os.listdir(tmp_path))==1
 
+def half_and_half(protocol):
+    "Features of random tables that carry `protocol`"
+    return [Features(o.emb, o.df, protocol) for o in feats(np.random.default_rng(8))]
+
+own = Protocol('own', source='shift', anyone=True, draws=3)
+
+@pytest.mark.parametrize('protocol', [None, *protocols, own])
+def test_features_keep_the_protocol(tmp_path, protocol):
+    "In a file, and when pooled"
+    df = pd.DataFrame(dict(pid=[1,1,2], camid=[0,0,1]))
+    f = Features(torch.rand(3,2), df, protocol)
+    for o in (Features.load(f.save(tmp_path/'f.pt')), f.pool()):
+        assert o.protocol==protocol and (protocol is None or type(o.protocol) is Protocol)
+    assert ('protocol' in repr(f))==(protocol is not None)
+
+def test_features_of_0_0_1(tmp_path):
+    "A file of the first version, which knew no protocol"
+    f = Features(torch.rand(3,2), pd.DataFrame(dict(pid=[1,2,3])), 'cuhk03')
+    old = torch.load(f.save(tmp_path/'f.pt'), weights_only=True)
+    assert old.pop('protocol')==dict(name='cuhk03', source='camid', anyone=False, draws=100)
+    torch.save(old, tmp_path/'old.pt')
+    back = Features.load(tmp_path/'old.pt')
+    assert back.protocol is None and torch.equal(back.emb, f.emb)
+
+def test_features_protocols_that_cannot_be_saved(tmp_path):
+    class Mine(Protocol): pass
+    df = pd.DataFrame(dict(pid=[1]))
+    with pytest.raises(ValueError, match="protocol 'a' is a Mine"): Features(torch.rand(1,2), df, Mine('a')).save(tmp_path/'f.pt')
+    with pytest.raises(ValueError, match='expected one of market'): Features(torch.rand(1,2), df, 'markt')
+    odd = Features(torch.rand(1,2), df, Protocol('b', draws=np.int64(3)))
+    assert Features.load(odd.save(tmp_path/'f.pt')).protocol==Protocol('b', draws=3) and os.listdir(tmp_path)==['f.pt']
+
+def test_protocol_of_features_counts():
+    "It is used unless another is named; tables alone choose; two protocols are one too many"
+    plain,strict = half_and_half(None),half_and_half('cross_view')
+    assert evaluate(*plain).protocol=='market' and evaluate(*strict).protocol=='cross_view'
+    assert evaluate(*strict, protocol='market').mAP==evaluate(*plain).mAP!=evaluate(*strict).mAP
+    assert evaluate(plain[0], strict[1]).protocol==evaluate(strict[0], plain[1]).protocol=='cross_view'
+    dist = cosine_dist(strict[0].emb, strict[1].emb)
+    assert rank_dist(dist, *strict).mAP==evaluate(*strict).mAP
+    named = Protocol('cross_view')   # another with the same name
+    for other in (half_and_half('cuhk03'), half_and_half(named)):
+        with pytest.raises(ValueError, match='expected features of one data set'): evaluate(strict[0], other[1])
+        assert evaluate(strict[0], other[1], protocol='no_camera').protocol=='no_camera'
+
 # ---- ranked lists
 
 @pytest.fixture(scope='module')
@@ -434,7 +480,7 @@ def test_eval_mode_restores():
             raise KeyboardInterrupt
     assert [o.training for o in m.modules()]==flags
 
-def test_extract_order_and_workers(toy, dls):
+def test_embed_batches_order_and_workers(toy, dls):
     "One row per picture in table order, whatever the batch size and the number of workers"
     learn = tiny(dls, dtype=torch.float32)
     q,g = learn.features(progress=False)
@@ -444,10 +490,10 @@ def test_extract_order_and_workers(toy, dls):
     a,b = (evaluate_data(learn.model, toy, bs=bs, num_workers=w, progress=False) for bs,w in ((7,0),(16,2)))
     assert np.allclose(a.ap, b.ap, atol=1e-6, equal_nan=True) and np.allclose(a.ap, evaluate(q, g).ap, atol=1e-6, equal_nan=True)
 
-def test_extract_refuses(dls):
-    with pytest.raises(ValueError, match='no batch'): extract(nn.Flatten(), [], progress=False)
-    with pytest.raises(ValueError, match='expected an embedding'): extract(nn.Identity(), [torch.rand(2,3,4,4)], progress=False)
-    assert extract(nn.Flatten(), [torch.rand(2,3,4,4)], progress=False).shape==(2,48)
+def test_embed_batches_refuses(dls):
+    with pytest.raises(ValueError, match='no batch'): embed_batches(nn.Flatten(), [], progress=False)
+    with pytest.raises(ValueError, match='expected an embedding'): embed_batches(nn.Identity(), [torch.rand(2,3,4,4)], progress=False)
+    assert embed_batches(nn.Flatten(), [torch.rand(2,3,4,4)], progress=False).shape==(2,48)
 
 def test_embed_forms(toy, dls):
     model,path = tiny(dls).model,toy.query.path[0]
@@ -473,6 +519,125 @@ def test_evaluate_in_training_precision(dls):
     half.model.backbone[0].register_forward_hook(lambda m,i,o: seen.append(o.dtype))
     half.features(progress=False)
     assert set(seen)=={torch.bfloat16}
+
+def under(toy, protocol):
+    "The toy data, changed so that `protocol` matters"
+    query,gallery = (o.assign(trackid=np.arange(len(o))%5, shift=np.arange(len(o))%3) for o in (toy.query,toy.gallery))
+    if protocol=='leave_one_out': query = gallery
+    return ReIDData('toy', toy.train, query, gallery, protocol)
+
+@pytest.mark.parametrize('protocol', [*protocols, own], ids=str)
+def test_features_score_as_the_learner(toy, protocol, tmp_path):
+    "Features of a learner, also from a file, score what the learner scores; so do a model without one, and the callback"
+    data = under(toy, protocol)
+    learn = tiny(reid_dls(data, size=(48,24), p=4, k=2, augs=[], num_workers=0), dtype=torch.float32)
+    want = learn.evaluate(progress=False)
+    feats = learn.features(progress=False)
+    kept = [Features.load(o.save(tmp_path/f'{i}.pt')) for i,o in enumerate(feats)]
+    quiet(learn, learn.validate)
+    direct = evaluate_data(learn.model, data, num_workers=0, progress=False)
+    assert want.protocol==protocol
+    for o in (evaluate(*feats), evaluate(*kept), rank_dist(cosine_dist(*(o.emb for o in feats)), *feats), learn.reid_result, direct):
+        assert o.protocol==protocol and o.n_removed==want.n_removed
+        assert np.allclose(o.ap, want.ap, atol=1e-6, equal_nan=True) and np.allclose(o.cmc, want.cmc, atol=1e-6)
+    other = evaluate(*feats, protocol='market' if protocol!='market' else 'cross_view')
+    assert other.to_dict()!=want.to_dict()
+
+def test_floors_carry_the_protocol(toy):
+    data = under(toy, 'cross_view')
+    sides = [features_from(raw_pixels, o, protocol=data.protocol) for o in (data.query,data.gallery)]
+    assert evaluate(*sides).mAP==floor_scores(data).mAP['raw pixels']!=floor_scores(toy).mAP['raw pixels']
+
+@pytest.mark.parametrize('workers', [None,0,2])
+def test_embed_many_paths(toy, dls, workers, monkeypatch):
+    "A long list of paths goes through the loader once; rows, order and errors are those of one file after the other"
+    model,pre = tiny(dls, dtype=torch.float32).model,Preproc((48,24))
+    paths = [*toy.gallery.path, *toy.query.path[::-1], toy.query.path[0]]
+    assert len(paths)>64
+    calls = []
+    def spy(*args, **kwargs):
+        calls.append(args[3])
+        return plain_dl(*args, **kwargs)
+    monkeypatch.setattr(inference, 'plain_dl', spy)
+    few = torch.cat([embed(model, paths[i:i+32], pre, bs=32) for i in range(0, len(paths), 32)])
+    assert not calls
+    mixed = [Path(o) if i%2 else o for i,o in enumerate(paths)]
+    for form in (paths, mixed, pd.Series(paths, index=range(9, 9+len(paths)))):
+        assert torch.equal(embed(model, form, pre, bs=32, num_workers=workers), few)
+    assert calls==[workers or 0]*3
+    with pytest.raises(FileNotFoundError, match='nobody.jpg'): embed(model, [*paths, 'nobody.jpg'], pre)
+    with Image.open(paths[0]) as im: assert torch.allclose(embed(model, [*paths, im], pre)[:-1], few, atol=1e-5)
+
+def test_embed_many_paths_asks_no_camera(toy):
+    "Files have no camera, also for a model that would take one"
+    class Knows(nn.Module):
+        n_cams = 4
+        def forward(self, x, camid=None):
+            assert camid is None
+            return x.mean((2,3))
+    assert embed(Knows(), toy.gallery.path.tolist()*3, Preproc((48,24))).shape==(3*len(toy.gallery),3)
+
+# ---- devices
+
+cpu,cuda = torch.device('cpu'),torch.device('cuda', 0)
+
+class Elsewhere:
+    "Stands for a tensor on a device; notes what is done to it"
+    def __init__(self, device, log=()): self.device,self.log = device,list(log)
+    def pin_memory(self): return Elsewhere(self.device, [*self.log, 'pin'])
+    def to(self, device, non_blocking=False): return Elsewhere(torch.device(device), [*self.log, (str(device),non_blocking)])
+
+def test_copies_to_and_from_a_gpu_do_not_wait():
+    assert inference.send(Elsewhere(cpu), cuda).log==['pin', ('cuda:0',True)]
+    assert inference.send(Elsewhere(cuda), cuda).log==[('cuda:0',False)]
+    assert inference.send(Elsewhere(cpu), cpu).log==[('cpu',False)]
+    assert inference.fetch(Elsewhere(cuda)).log==[('cpu',True)]
+    for device in (cpu, torch.device('mps')): assert inference.fetch(Elsewhere(device)).log==[('cpu',False)]
+
+def test_join_waits_once(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, 'synchronize', waited.append)
+    parts = torch.rand(3,2).split(2)
+    assert torch.equal(inference.join(parts, cpu), torch.cat(parts)) and not waited
+    assert torch.equal(inference.join(parts, cuda), torch.cat(parts)) and waited==[cuda]
+
+def test_evaluate_data_ranks_where_the_model_is(toy, dls, monkeypatch):
+    asked = []
+    def spy(*args, device=None, **kwargs):
+        asked.append(device)
+        return evaluate(*args, **kwargs)
+    monkeypatch.setattr(inference, 'evaluate', spy)
+    model = tiny(dls).model
+    evaluate_data(model, toy, num_workers=0, progress=False)
+    assert asked==[next(model.parameters()).device]
+
+@pytest.mark.parametrize('devices,want', [([cpu,cpu],cpu), ([cpu,cuda],cuda), ([cuda,cpu],cuda), ([cpu,torch.device('mps')],torch.device('mps'))])
+def test_distances_meet(devices, want): assert core._meeting_point(devices)==want
+
+def test_sum_dists_forms():
+    "Arrays, tensors, lists and functions; matrices or rows of them"
+    a,b = torch.rand(4,6),torch.rand(4,6).double()
+    pos = torch.tensor([2,0])
+    want = (a+3*b)/4
+    assert torch.allclose(sum_dists([a.numpy(),b], [1,3]), want)
+    for d in ([a,lambda i: b[i]], [lambda i: a[i].numpy(),b.numpy()]): assert torch.allclose(sum_dists(d, [1,3])(pos), want[pos])
+    with pytest.raises(ValueError, match='sum above 0'): sum_dists([a,b], [1,-1])
+
+@pytest.mark.cuda
+def test_devices_mix_on_cuda(toy, tmp_path):
+    "Distances of two devices add up, and a model on the GPU is scored there, as on the CPU"
+    a,b = torch.rand(2,4,6)
+    for d in ([a.cuda(),b], [a,lambda i: b[i].cuda()], [a.cuda(),lambda i: b[i]]):
+        total = sum_dists(d)
+        total = total(torch.arange(4)) if callable(total) else total
+        assert total.device.type=='cuda' and torch.allclose(total.cpu(), (a+b)/2)
+    model = nn.Sequential(Tiny(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.preproc = Preproc((48,24))
+    paths = toy.gallery.path.tolist()*3
+    slow,res = embed(model, paths),evaluate_data(model, toy, num_workers=0, progress=False)
+    model.cuda()
+    assert torch.allclose(embed(model, paths), slow, atol=1e-2)   # TF32
+    assert abs(evaluate_data(model, toy, num_workers=0, progress=False).mAP-res.mAP)<.02
 
 # ---- scores while training
 

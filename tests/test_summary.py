@@ -16,7 +16,7 @@ from fastreid_nb.pooling.parts import FlattenPool
 from fastreid_nb.heads.parts import mgn, pcb
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.heads import summary # the method; chkstyle: ignore
-from fastreid_nb.eval.inference import extract
+from fastreid_nb.eval.inference import embed_batches
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 from fastreid_nb.heads.transreid import transreid
 from fastreid_nb.backbone.vit import vit
@@ -81,7 +81,7 @@ def test_ensemble_trains_all_members():
 def test_ensemble_hands_cameras_to_its_members():
     e,x = Ensemble([transreid('deit_tiny', 5, (64,32), n_cams=3)]).eval(),torch.rand(2, 3, 64, 32)
     dl = [(x, torch.tensor([0,1]), torch.tensor([2,1]))]
-    with torch.no_grad(): torch.testing.assert_close(extract(e, dl, progress=False), e(x, torch.tensor([2,1])))
+    with torch.no_grad(): torch.testing.assert_close(embed_batches(e, dl, progress=False), e(x, torch.tensor([2,1])))
     assert e.n_cams==3 and (e(x, torch.tensor([0,1]))-e(x, torch.tensor([2,1]))).abs().amax(1)[1]==0
 
 def test_ensemble_is_saved(tmp_path):

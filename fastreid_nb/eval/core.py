@@ -11,7 +11,7 @@ __all__ = ['ReIDResult', 'rank_dist', 'sum_dists']
 import numpy as np, pandas as pd, torch
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fastcore.basics import patch
 from ..data.core import Protocol, as_protocol, choose_protocol
 
@@ -19,74 +19,115 @@ from ..data.core import Protocol, as_protocol, choose_protocol
 def _table(x, what):
     "The table behind `x`: a DataFrame, `Features`, or a dict of columns"
     df = pd.DataFrame(getattr(x, 'df', x)).reset_index(drop=True)
-    if not len(df): raise ValueError(f'the {what} is empty: expected at least one picture')
+    if not len(df): raise ValueError(f'the {what} is empty: expected at least one image')
     if 'pid' not in df: raise ValueError(f'the {what} has no column `pid`, only {list(df.columns)}')
-    if not pd.api.types.is_integer_dtype(df.pid): raise ValueError(
-        f'`pid` of the {what} is {df.pid.dtype}: expected integers. Number the identities of query and gallery together, '
-        'and keep your own names as `pid_name`')
+    if not pd.api.types.is_integer_dtype(df.pid):
+        advice = 'Number the identities of query and gallery together, and keep your own names as `pid_name`'
+        raise ValueError(f'`pid` of the {what} is {df.pid.dtype}: expected integers. {advice}')
     return df
 
+def _carried(q, g):
+    "The protocol that the features `q` and `g` carry; None for plain tables"
+    found = [o.protocol for o in (q, g) if isinstance(getattr(o, 'protocol', None), Protocol)]
+    if len(found)==2 and found[0]!=found[1]:
+        advice = 'expected features of one data set, or a `protocol` that is named here'
+        raise ValueError(f'the queries carry {found[0]!r}, the gallery carries {found[1]!r}: {advice}')
+    return found[0] if found else None
+
 def _check(q, g, protocol=None):
-    "Tables of `q` and `g`, and the protocol to use"
+    "Tables of `q` and `g`, and the protocol to use: as given, or that of the features, or the strictest that fits"
+    if protocol is None: protocol = _carried(q, g)
     q,g = _table(q, 'query'),_table(g, 'gallery')
     protocol = as_protocol(choose_protocol(q, g) if protocol is None else protocol)
-    if n := int((q.pid<0).sum()): raise ValueError(
-        f'{n} of {len(q)} queries have a negative pid: -1 marks a distractor, which belongs in the gallery')
+    if n := int((q.pid<0).sum()):
+        expected = '-1 marks a distractor, which belongs in the gallery'
+        raise ValueError(f'{n} of {len(q)} queries have a negative pid: {expected}')
     return q,g,protocol
 
 # %% ../../nbs/07_eval.ipynb #6c520e50
-_alone = 'no other picture of the identity'
+_alone = 'no other image of the identity'
 
 def _kind(protocol):
-    "What the pictures that a protocol removes are called"
-    return {'camid':'same-camera', 'path':'same-file', 'trackid':'same-track'}.get(protocol.source, f'same-{protocol.source}')
+    "What the images that a protocol removes are called"
+    known = {'camid':'same-camera', 'path':'same-file', 'trackid':'same-track'}
+    return known.get(protocol.source, f'same-{protocol.source}')
+
+def _count(why): return '; '.join(f'{n} {reason}' for reason,n in Counter(why[why!='']).items())
+
+# %% ../../nbs/07_eval.ipynb #24bb6397
+def _nothing_left(why, only, protocol):
+    "What to say when no query can be scored"
+    advice = 'Were query and gallery numbered together, and does the gallery hold other images of these identities?'
+    renumber = f"Give every source its own number in {protocol.source!r}, or use protocol='no_camera'"
+    if only!=_alone and (why==only).all(): advice = renumber
+    return f'none of {len(why)} queries can be scored: {_count(why)}. {advice}'
 
 def _why_dropped(q, g, q_src, g_src, protocol):
-    "For each query '' or why it has no match, and the number of gallery pictures removed for it"
+    "For each query '' or why it has no match, and the number of gallery images removed for it"
     n = g.pid.value_counts().reindex(q.pid, fill_value=0).to_numpy()
-    src = pd.DataFrame(dict(p=g.pid.to_numpy(), s=g_src))
-    own = src.value_counts().reindex(pd.MultiIndex.from_arrays([q.pid,q_src]), fill_value=0).to_numpy()
-    gone = src.s.value_counts().reindex(q_src, fill_value=0).to_numpy() if protocol.anyone else own
-    only = _alone if protocol.source=='path' else f'only {_kind(protocol)} pictures'
+    seen = pd.DataFrame(dict(pid=g.pid.to_numpy(), source=g_src))
+    asked = pd.MultiIndex.from_arrays([q.pid,q_src])
+    own = seen.value_counts().reindex(asked, fill_value=0).to_numpy()
+    gone = own
+    if protocol.anyone: gone = seen.source.value_counts().reindex(q_src, fill_value=0).to_numpy()
+    only = _alone if protocol.source=='path' else f'only {_kind(protocol)} images'
     why = np.where(n==0, _alone, np.where(n==own, only, ''))
-    if not (why=='').any(): raise ValueError(f'none of {len(q)} queries can be scored: {_count(why)}. ' + (
-        f"Give every source its own number in {protocol.source!r}, or use protocol='no_camera'" if (why==only).all() and only!=_alone else
-        'Were query and gallery numbered together, and does the gallery hold other pictures of these identities?'))
+    if not (why=='').any(): raise ValueError(_nothing_left(why, only, protocol))
     return why,gone
 
-def _count(why): return '; '.join(f'{n} {r}' for r,n in Counter(why[why!='']).items())
-
 # %% ../../nbs/07_eval.ipynb #f43cc755
-def _rank_rows(d, match, gone, k):
-    "AP, INP, first match (q,), and the `k` nearest kept columns and their distances (q,k), for each row of `d` (q,G)"
-    order = d.sort(dim=1, stable=True).indices   # stable: ties keep the order of the gallery
-    keep,hit = (~gone).gather(1,order),(match & ~gone).gather(1,order)
-    rank = keep.cumsum(1, dtype=torch.int32)
+@dataclass
+class _Ranked:
+    "Scores and lists of some queries; the names are those of `ReIDResult`"
+    ap:torch.Tensor # Average precision, (q,)
+    inp:torch.Tensor # Inverse negative penalty, (q,)
+    first_match:torch.Tensor # Rank of the nearest hit, (q,)
+    top:torch.Tensor # Nearest kept columns, (q,k); -1 where there is none
+    top_dist:torch.Tensor # Their distances, (q,k); NaN where there is none
+
+def _nearest(order, keep, rank, k):
+    "The first `k` kept columns of every row, (q,k), and -1 behind them"
     row,col = (keep & (rank<=k)).nonzero(as_tuple=True)
-    top = torch.full((len(d),k), -1, device=d.device)
+    top = torch.full((len(order),k), -1, device=order.device)
     top[row, rank[row,col].long()-1] = order[row,col]
+    return top
+
+def _rank_rows(d, match, gone, k):
+    "Rank every row of `d` (q,G) without the columns that are `gone`, and score it; each row has a hit"
+    order = d.sort(dim=1, stable=True).indices   # stable: ties keep the order of the gallery
+    keep = (~gone).gather(1, order)
+    hit = (match & ~gone).gather(1, order)
+    rank = keep.cumsum(1, dtype=torch.int32)
+    top = _nearest(order, keep, rank, k)
+    top_dist = d.gather(1, top.clamp_min(0)).float().masked_fill(top<0, torch.nan)
     row,col = hit.nonzero(as_tuple=True)   # one entry per hit, row by row, nearest first
-    row,r,n = row.cpu(),rank[row,col].cpu().double(),hit.sum(1).cpu()
+    r = rank[row,col].cpu().double()
+    row,n = row.cpu(),hit.sum(1).cpu()
     end = n.cumsum(0)
-    prec = (torch.arange(1, len(r)+1) - (end-n)[row])/r
-    ap = torch.zeros(len(d), dtype=torch.float64).index_add_(0, row, prec)/n
-    return ap, n/r[end-1], r[end-n].long(), top.cpu(), d.gather(1, top.clamp_min(0)).float().cpu()
+    start = end-n
+    nth = torch.arange(1, len(r)+1) - start[row]   # 1 for the first hit of a row, 2 for the second
+    ap = torch.zeros(len(d), dtype=torch.float64).index_add_(0, row, nth/r)/n
+    return _Ranked(ap, n/r[end-1], r[start].long(), top.cpu(), top_dist.cpu())
 
 # %% ../../nbs/07_eval.ipynb #b0ffc968
+def _one_shot(d, match, gone, ids, seed):
+    "Rank of the right identity in the gallery that `seed` draws, (q,)"
+    luck = torch.randperm(d.shape[1], generator=torch.Generator().manual_seed(seed))
+    luck = luck.expand(d.shape).masked_fill(gone, -1)
+    best = torch.full((len(d), int(ids.max())+1), -1).scatter_reduce(1, ids, luck, 'amax')
+    drawn = ~gone & (luck==best.gather(1, ids))
+    own = (drawn & match).int().argmax(1, keepdim=True)
+    own_dist = d.gather(1, own)
+    earlier = torch.arange(d.shape[1])<own
+    nearer = drawn & ((d<own_dist) | (d==own_dist) & earlier)
+    return nearer.sum(1)+1
+
 def _shot_ranks(d, match, gone, g_pid, n):
-    "Rank of the right identity in `n` galleries of one random kept picture per identity, (q,n)"
+    "Rank of the right identity in `n` galleries of one random kept image per identity, (q,n)"
     d,match,gone,g_pid = (o.cpu() for o in (d, match, gone, g_pid))
-    alone = torch.arange(len(g_pid))+g_pid.max()+1
+    alone = torch.arange(len(g_pid)) + g_pid.max() + 1   # a new identity for each distractor
     ids = torch.where(g_pid<0, alone, g_pid).unique(return_inverse=True)[1].expand(d.shape)
-    out,place = torch.zeros(len(d), n, dtype=torch.long),torch.arange(d.shape[1])
-    for i in range(n):
-        luck = torch.randperm(d.shape[1], generator=torch.Generator().manual_seed(i)).expand(d.shape).masked_fill(gone, -1)
-        best = torch.full((len(d), int(ids.max())+1), -1).scatter_reduce(1, ids, luck, 'amax')
-        drawn = ~gone & (luck==best.gather(1, ids))
-        own = (drawn & match).int().argmax(1, keepdim=True)
-        mine = d.gather(1, own)
-        out[:,i] = (drawn & ((d<mine) | (d==mine) & (place<own))).sum(1)+1
-    return out
+    return torch.stack([_one_shot(d, match, gone, ids, seed) for seed in range(n)], 1)
 
 # %% ../../nbs/07_eval.ipynb #a5daeb22
 @dataclass(repr=False, eq=False)
@@ -94,7 +135,7 @@ class ReIDResult:
     "Scores of every query, and their means over the queries that were used"
     ap:np.ndarray # Average precision, (Q,) in (0,1]; NaN where the query was dropped
     inp:np.ndarray # Inverse negative penalty, (Q,) in (0,1]; NaN where dropped
-    first_match:np.ndarray # Rank of the nearest right picture, (Q,) from 1; 0 where dropped
+    first_match:np.ndarray # Rank of the nearest right image, (Q,) from 1; 0 where dropped
     why:np.ndarray # Why a query was dropped, (Q,) text; '' where it was used
     top:np.ndarray # Nearest gallery rows after removal, (Q,k), nearest first; -1 where there is none
     top_dist:np.ndarray # Their distances, (Q,k)
@@ -102,9 +143,9 @@ class ReIDResult:
     g:pd.DataFrame # Table of the gallery
     protocol:Protocol # What was removed before scoring
     metric:str # Name of the distance
-    n_removed:int # Gallery pictures removed by the protocol, summed over queries
+    n_removed:int # Gallery images removed by the protocol, summed over queries
     max_rank:int # Length of `cmc`
-    shots:np.ndarray=None # Rank of the right identity in each single-shot gallery, (Q,n) from 1; None if rank-k is taken over the whole gallery
+    shots:np.ndarray=None # Rank in each single-shot gallery, (Q,n) from 1; None if rank-k is over the whole gallery
 
     used = property(lambda self: self.why=='')
     mAP = property(lambda self: float(self.ap[self.used].mean()))
@@ -117,16 +158,19 @@ class ReIDResult:
     def rank(self,
         k:int, # Length of the list looked at, 1 or more
     )->float: # In [0,1]
-        "Share of the used queries with a right picture among the first `k`"
+        "Share of the used queries with a right image among the first `k`"
         if k<1: raise ValueError(f'ranks count from 1, got k={k}')
-        return float(((self.first_match if self.shots is None else self.shots)[self.used]<=k).mean())
+        ranks = self.first_match if self.shots is None else self.shots
+        return float((ranks[self.used]<=k).mean())
 
 # %% ../../nbs/07_eval.ipynb #01347450
 @patch
 def to_dict(self:ReIDResult)->dict: # Numbers and text only; scores in [0,1]
     "Means and counts, ready for JSON"
-    return dict(mAP=self.mAP, mINP=self.mINP, **{f'rank-{k}': self.rank(k) for k in (1,5,10)}, n_queries=self.n_queries, n_used=self.n_used,
-        dropped=self.dropped, n_removed=self.n_removed, n_gallery=len(self.g), protocol=str(self.protocol), metric=self.metric)
+    ranks = {f'rank-{k}': self.rank(k) for k in (1,5,10)}
+    counts = dict(n_queries=self.n_queries, n_used=self.n_used, dropped=self.dropped,
+        n_removed=self.n_removed, n_gallery=len(self.g))
+    return dict(mAP=self.mAP, mINP=self.mINP, **ranks, **counts, protocol=str(self.protocol), metric=self.metric)
 
 @patch
 def to_df(self:ReIDResult)->pd.DataFrame: # The query table with the columns `ap`, `inp`, `first_match` and `dropped`
@@ -134,10 +178,15 @@ def to_df(self:ReIDResult)->pd.DataFrame: # The query table with the columns `ap
     return self.q.assign(ap=self.ap, inp=self.inp, first_match=self.first_match, dropped=self.why)
 
 def _lines(res):
-    d,draws = res.to_dict(),f', rank-k over {res.protocol.draws} single-shot galleries' if res.protocol.draws else ''
-    drops = f'{res.n_queries-res.n_used}' + (f' ({_count(res.why)})' if res.dropped else '')
-    return {k: f'{100*d[k]:.1f} %' for k in ('mAP','mINP','rank-1','rank-5','rank-10')} | {'queries used': res.n_used, 'queries dropped': drops,
-        'gallery': f'{len(res.g)} pictures', 'protocol': f'{res.protocol}, {res.n_removed} {_kind(res.protocol)} pictures removed{draws}', 'distance': res.metric}
+    "What the table of a result says"
+    means = res.to_dict()
+    scores = {k: f'{100*means[k]:.1f} %' for k in ('mAP','mINP','rank-1','rank-5','rank-10')}
+    dropped = str(res.n_queries-res.n_used)
+    if res.dropped: dropped += f' ({_count(res.why)})'
+    protocol = f'{res.protocol}, {res.n_removed} {_kind(res.protocol)} images removed'
+    if res.protocol.draws: protocol += f', rank-k over {res.protocol.draws} single-shot galleries'
+    return {**scores, 'queries used':res.n_used, 'queries dropped':dropped, 'gallery':f'{len(res.g)} images',
+        'protocol':protocol, 'distance':res.metric}
 
 # %% ../../nbs/07_eval.ipynb #29cb26d8
 @patch
@@ -145,15 +194,49 @@ def __repr__(self:ReIDResult): return '\n'.join(f'{k:<16} {v}' for k,v in _lines
 
 @patch
 def _repr_html_(self:ReIDResult):
-    rows = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{v}</td></tr>' for k,v in _lines(self).items())
-    return f'<table>{rows}</table>'
+    left = 'style="text-align:left"'
+    rows = [f'<tr><th {left}>{k}</th><td {left}>{v}</td></tr>' for k,v in _lines(self).items()]
+    return f'<table>{"".join(rows)}</table>'
+
+# %% ../../nbs/07_eval.ipynb #9e1e45b6
+def _rows_of(dist, nq, ng):
+    "`dist`, a matrix or a function of positions, as a function that returns checked rows"
+    whole = None if callable(dist) else torch.as_tensor(dist)
+    if whole is not None and whole.shape!=(nq,ng):
+        raise ValueError(f'expected distances of shape ({nq},{ng}) for these tables, got {tuple(whole.shape)}')
+    def rows(pos):
+        d = torch.as_tensor(dist(pos)) if whole is None else whole[pos.to(whole.device)]
+        want = f'expected distances of shape ({len(pos)},{ng})'
+        if d.shape!=(len(pos),ng): raise ValueError(f'{want}, got {tuple(d.shape)}')
+        if d.isnan().any(): raise ValueError('NaN among the distances, which cannot be sorted')
+        return d
+    return rows
+
+# %% ../../nbs/07_eval.ipynb #afe3250f
+def _ids(df, source):
+    "Identity and source of every row, (2,N) int64"
+    return torch.from_numpy(np.stack([np.array(o, dtype=np.int64) for o in (df.pid, source)]))
+
+def _marks(q_ids, g_ids, anyone):
+    "Which gallery images show the query's identity, and which are removed, (q,G) each"
+    match = q_ids[0][:,None]==g_ids[0]
+    gone = q_ids[1][:,None]==g_ids[1]
+    return match, gone if anyone else gone & match
+
+def _blank(q, g, why, protocol, metric, max_rank):
+    "A result without scores yet"
+    nq,k = len(q),min(max_rank, len(g))
+    shots = np.zeros((nq,protocol.draws), int) if protocol.draws else None
+    return ReIDResult(ap=np.full(nq, np.nan), inp=np.full(nq, np.nan), first_match=np.zeros(nq, int), why=why,
+        top=np.full((nq,k), -1), top_dist=np.full((nq,k), np.nan, np.float32),
+        q=q, g=g, protocol=protocol, metric=metric, n_removed=0, max_rank=max_rank, shots=shots)
 
 # %% ../../nbs/07_eval.ipynb #280022ea
 def rank_dist(
-    dist:torch.Tensor|Callable, # Distances (Q,G), smaller is closer; or a function: positions of some queries → their rows
+    dist:torch.Tensor|Callable, # Distances (Q,G), smaller is closer; or a function: positions of queries → rows
     q:pd.DataFrame, # Q rows with `pid` and, if known, `camid` and `path`; `Features` or a dict of columns will do
     g:pd.DataFrame, # G rows, likewise
-    protocol:str|Protocol=None, # A name in `protocols` or your own; by default what `choose_protocol` says
+    protocol:str|Protocol=None, # A name in `protocols` or your own; else that of the features, else `choose_protocol`
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
     metric:str='given', # Name of the distance, for the table
@@ -161,41 +244,45 @@ def rank_dist(
     "Rank the gallery for every query by `dist` and score the lists"
     q,g,protocol = _check(q, g, protocol)
     if max_rank<1: raise ValueError(f'`max_rank` must be 1 or more, got {max_rank}')
-    rows,src = _rows_of(dist, len(q), len(g)),protocol.codes(q, g)
-    why,gone = _why_dropped(q, g, *src, protocol)
-    nq,k,n = len(q),min(max_rank, len(g)),protocol.draws
-    res = [np.full(nq, np.nan), np.full(nq, np.nan), np.zeros(nq, int), np.full((nq,k), -1), np.full((nq,k), np.nan, np.float32), np.zeros((nq,n), int)]
-    for pos in torch.from_numpy(np.flatnonzero(why=='')).split(chunk or max(1, 2**22//len(g))):
-        d,i = rows(pos),pos.numpy()
-        q_pid,g_pid,q_src,g_src = (torch.as_tensor(np.array(o, dtype=np.int64), device=d.device) for o in (q.pid[i], g.pid, src[0][i], src[1]))
-        match,off = q_pid[:,None]==g_pid,q_src[:,None]==g_src
-        off = off if protocol.anyone else off & match
-        for o,val in zip(res, [*_rank_rows(d, match, off, k), *([_shot_ranks(d, match, off, g_pid, n)] if n else [])]): o[i] = val
-    res[4][res[3]<0] = np.nan
-    return ReIDResult(*res[:3], why, *res[3:5], q, g, protocol, metric, int(gone.sum()), max_rank, res[5] if n else None)
-
-# %% ../../nbs/07_eval.ipynb #ad768d80
-def _rows_of(dist, nq, ng):
-    "`dist`, a matrix or a function of positions, as a function that returns checked rows"
-    get = dist if callable(dist) else torch.as_tensor(dist)
-    if not callable(dist) and get.shape!=(nq,ng): raise ValueError(f'expected distances of shape ({nq},{ng}) for these tables, got {tuple(get.shape)}')
-    def rows(i):
-        d = torch.as_tensor(get(i) if callable(dist) else get[i.to(get.device)])
-        if d.shape!=(len(i),ng): raise ValueError(f'expected distances of shape ({len(i)},{ng}), got {tuple(d.shape)}')
-        if d.isnan().any(): raise ValueError('NaN among the distances, which cannot be sorted')
-        return d
-    return rows
+    rows = _rows_of(dist, len(q), len(g))
+    q_src,g_src = protocol.codes(q, g)
+    why,n_gone = _why_dropped(q, g, q_src, g_src, protocol)
+    res = _blank(q, g, why, protocol, metric, max_rank)
+    res.n_removed = int(n_gone.sum())
+    q_ids,g_ids = _ids(q, q_src),_ids(g, g_src)
+    used = torch.from_numpy(np.flatnonzero(why==''))
+    for pos in used.split(chunk or max(1, 2**22//len(g))):
+        d = rows(pos)
+        match,gone = _marks(q_ids[:,pos].to(d.device), g_ids.to(d.device), protocol.anyone)
+        ranked = _rank_rows(d, match, gone, res.top.shape[1])
+        for o in fields(ranked): getattr(res, o.name)[pos] = getattr(ranked, o.name)
+        if protocol.draws: res.shots[pos] = _shot_ranks(d, match, gone, g_ids[0], protocol.draws)
+    return res
 
 # %% ../../nbs/07_eval.ipynb #b4e54bf7
+def _meeting_point(devices):
+    "Where tensors on `devices` are added: on the first that is not the CPU"
+    return next((o for o in devices if o.type!='cpu'), torch.device('cpu'))
+
+def _weighted_sum(dists, weights):
+    "Sum of distances, which may lie on several devices"
+    dists = [torch.as_tensor(o) for o in dists]
+    device = _meeting_point([o.device for o in dists])
+    return sum(w*d.to(device) for d,w in zip(dists, weights))
+
 def sum_dists(
     dists:list, # Distances (Q,G), or functions from positions of queries to their rows
     weights:list=None, # One number each; equal by default, scaled to sum to 1
-)->torch.Tensor|Callable: # Their weighted mean: a function if any of them is one
+)->torch.Tensor|Callable: # Their weighted mean, on the GPU if any of them is there: a function if any of them is one
     "Several distances as one, for `rank_dist`"
     weights = [1]*len(dists) if weights is None else list(weights)
-    if not dists or len(dists)!=len(weights) or not sum(weights)>0: raise ValueError(f'{len(dists)} distances and weights {weights}: expected one weight each, with a sum above 0')
-    shapes = {tuple(d.shape) for d in dists if not callable(d)}
-    if len(shapes)>1: raise ValueError(f'distances of shapes {sorted(shapes)}: expected the same queries and gallery in each')
-    pairs = [(d,w/sum(weights)) for d,w in zip(dists, weights)]
-    if not any(map(callable, dists)): return sum(w*d for d,w in pairs)
-    return lambda pos: sum(w*(d(pos) if callable(d) else d[pos]) for d,w in pairs)
+    if not dists or len(dists)!=len(weights) or not sum(weights)>0:
+        expected = 'expected one weight each, with a sum above 0'
+        raise ValueError(f'{len(dists)} distances and weights {weights}: {expected}')
+    shapes = {tuple(np.shape(d)) for d in dists if not callable(d)}
+    expected = 'expected the same queries and gallery in each'
+    if len(shapes)>1: raise ValueError(f'distances of shapes {sorted(shapes)}: {expected}')
+    weights = [w/sum(weights) for w in weights]
+    if not any(map(callable, dists)): return _weighted_sum(dists, weights)
+    def rows(pos): return _weighted_sum([d(pos) if callable(d) else torch.as_tensor(d)[pos] for d in dists], weights)
+    return rows

@@ -11,33 +11,38 @@ __all__ = ['cosine_dist', 'sq_euclidean_dist', 'euclidean_dist', 'Features', 'ev
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from fastcore.basics import patch
-from ..data.core import Protocol
-from .core import ReIDResult, rank_dist
+from ..data.core import Protocol, as_protocol
 from ..data.files import atomic_path, read_torch
+from .core import ReIDResult, rank_dist
 
 # %% ../../nbs/07a_eval.features.ipynb #0e763e12
 def _pair(q, g):
     "`q` and `g` as plain tensors of one float dtype, one width and one device"
     q,g = (torch.as_tensor(o).detach().as_subclass(torch.Tensor) for o in (q,g))
-    if q.ndim!=2 or g.ndim!=2 or not q.shape[1]==g.shape[1]>0: raise ValueError(
-        f'expected features of one width, (Q,D) and (G,D), got {tuple(q.shape)} and {tuple(g.shape)}: '
-        'embed both with the same model, and give a single vector as `x[None]`')
+    if q.ndim!=2 or g.ndim!=2 or not q.shape[1]==g.shape[1]>0:
+        advice = 'embed both with the same model, and give a single vector as `x[None]`'
+        shapes = f'{tuple(q.shape)} and {tuple(g.shape)}'
+        raise ValueError(f'expected features of one width, (Q,D) and (G,D), got {shapes}: {advice}')
     dtype = torch.float64 if torch.float64 in (q.dtype,g.dtype) else torch.float32
     return q.to(dtype), g.to(q.device, dtype)
 
 def _not_finite(q, g):
     "What to say when distances between `q` and `g` are not numbers"
-    for nm,x in (('query',q), ('gallery',g)):
+    for side,x in (('query',q), ('gallery',g)):
         bad = (~x.isfinite()).any(1).nonzero().flatten().tolist()
-        if bad: return f'{len(bad)} of {len(x)} {nm} features hold NaN or infinity, first in row {bad[0]}: did training diverge?'
+        found = f'{len(bad)} of {len(x)} {side} features hold NaN or infinity'
+        if bad: return f'{found}, first in row {bad[0]}: did training diverge?'
     return 'the features are finite but their distances are not: scale the features down'
 
 def _pairwise(f, q, g, sz=8192):
     "`f(q, rows of g)` for `sz` rows at a time, joined to (Q,G); never under autocast, which would round to 8 bits"
     q,g = _pair(q, g)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False): d = torch.cat([f(q,o).to(q.dtype) for o in g.split(sz)], 1)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        blocks = [f(q,o).to(q.dtype) for o in g.split(sz)]
+        d = torch.cat(blocks, 1)
     if not d.isfinite().all(): raise ValueError(_not_finite(q, g))
     return d
 
@@ -45,7 +50,8 @@ def _pairwise(f, q, g, sz=8192):
 def _unit(x):
     "Rows of `x` at length 1; a zero row stays zero. Scaled first, so that squares neither overflow nor vanish"
     tiny = torch.finfo(x.dtype).tiny
-    return F.normalize(x/x.abs().amax(1, keepdim=True).clamp_min(tiny), dim=1, eps=tiny)
+    largest = x.abs().amax(1, keepdim=True).clamp_min(tiny)
+    return F.normalize(x/largest, dim=1, eps=tiny)
 
 def cosine_dist(
     q:torch.Tensor, # Query features, (Q,D), any float dtype
@@ -77,26 +83,34 @@ def euclidean_dist(
 
 # %% ../../nbs/07a_eval.features.ipynb #0dcad17d
 class Features:
-    "Features `emb` and the table `df` of the pictures they came from, row by row"
+    "Features `emb`, the table `df` of the images they came from, row by row, and the `protocol` of the data"
     def __init__(self,
         emb:torch.Tensor, # (N,D), kept as float32 on the CPU
         df:pd.DataFrame, # N rows with `pid` and usually `camid` and `path`; any other columns are kept too
+        protocol:str|Protocol=None, # How the data is scored: a name or your own; None leaves it to `evaluate`
     ):
         emb = torch.as_tensor(emb).detach().as_subclass(torch.Tensor).float().cpu().contiguous()
-        if emb.ndim!=2: raise ValueError(f'`emb` must be (N,D), one row per picture, got {tuple(emb.shape)}')
-        if len(emb)!=len(df): raise ValueError(f'{len(emb)} features for a table of {len(df)} rows: expected one row each, in the same order')
-        self.emb,self.df = emb,df.reset_index(drop=True)
+        if emb.ndim!=2: raise ValueError(f'`emb` must be (N,D), one row per image, got {tuple(emb.shape)}')
+        if len(emb)!=len(df):
+            found = f'{len(emb)} features for a table of {len(df)} rows'
+            raise ValueError(f'{found}: expected one row each, in the same order')
+        self.emb = emb
+        self.df = df.reset_index(drop=True)
+        self.protocol = None if protocol is None else as_protocol(protocol)
 
     def __len__(self): return len(self.emb)
-    def __repr__(self): return f'Features {tuple(self.emb.shape)} of {", ".join(self.df.columns)}'
+    def __repr__(self):
+        scored = '' if self.protocol is None else f', protocol {self.protocol}'
+        return f'Features {tuple(self.emb.shape)} of {", ".join(self.df.columns)}{scored}'
 
 # %% ../../nbs/07a_eval.features.ipynb #52237226
 def _to_plain(s):
     "Values of column `s` as Python's own types, which can be read back without running code"
     vals = [None if o is pd.NA else o.item() if isinstance(o, np.generic) else o for o in s.tolist()]
     bad = next((o for o in vals if not isinstance(o, (str,int,float,bool,type(None)))), None)
-    if bad is not None: raise ValueError(f'column {s.name!r} holds a {type(bad).__name__}, only text, numbers and booleans can be saved: '
-                                         'turn it into text or drop the column')
+    if bad is not None:
+        found = f'column {s.name!r} holds a {type(bad).__name__}, only text, numbers and booleans can be saved'
+        raise ValueError(f'{found}: turn it into text or drop the column')
     return vals
 
 def _to_dtype(s):
@@ -104,51 +118,72 @@ def _to_dtype(s):
     if not isinstance(s.dtype, pd.CategoricalDtype): return str(s.dtype)
     return dict(categories=_to_plain(s.cat.categories.to_series(name=s.name)), ordered=s.cat.ordered)
 
+# %% ../../nbs/07a_eval.features.ipynb #665cc9be
+def _protocol_fields(protocol):
+    "The fields of a protocol as plain values; None for none"
+    if protocol is None: return None
+    if type(protocol) is not Protocol:
+        expected = 'a Protocol, whose fields can be saved; its code cannot'
+        raise ValueError(f'protocol {protocol.name!r} is a {type(protocol).__name__}: expected {expected}')
+    plain = _to_plain(pd.Series(asdict(protocol), dtype=object, name='protocol'))
+    return dict(zip(asdict(protocol), plain))
+
 @patch
 def save(self:Features,
     path:str|Path, # File to write, usually `.pt`; folders are made
 )->Path: # `path`
-    "Write features and table to one file; pictures in memory, a column `image`, are left out"
+    "Write features, table and protocol to one file; images in memory, a column `image`, are left out"
     cols = [(str(k), _to_dtype(v), _to_plain(v)) for k,v in self.df.items() if k!='image']
-    with atomic_path(path) as part: torch.save(dict(kind='fastreid_nb.Features', emb=self.emb, cols=cols), part)
+    plain = dict(kind='fastreid_nb.Features', emb=self.emb, cols=cols, protocol=_protocol_fields(self.protocol))
+    with atomic_path(path) as part: torch.save(plain, part)
     return Path(path)
 
 # %% ../../nbs/07a_eval.features.ipynb #067294fe
+def _column(values, dtype):
+    "A column from plain values"
+    if isinstance(dtype, dict): dtype = pd.CategoricalDtype(**dtype)
+    return pd.Series(values, dtype=dtype)
+
 @patch(cls_method=True)
 def load(cls:Features,
     path:str|Path, # File written by `Features.save`
-)->Features: # The same features and table
+)->Features: # The same features, table and protocol
     "Read back what `Features.save` wrote"
     o = read_torch(path, 'features')
-    if not isinstance(o, dict) or o.get('kind')!='fastreid_nb.Features': raise ValueError(
-        f'{path} holds something other than features: expected a file written by `Features.save`')
-    dtype = lambda o: pd.CategoricalDtype(**o) if isinstance(o, dict) else o
-    return cls(o['emb'], pd.DataFrame({k: pd.Series(v, dtype=dtype(dt)) for k,dt,v in o['cols']}, index=range(len(o['emb']))))
+    if not isinstance(o, dict) or o.get('kind')!='fastreid_nb.Features':
+        raise ValueError(f'{path} holds something other than features: expected a file written by `Features.save`')
+    cols = {name: _column(values, dtype) for name,dtype,values in o['cols']}
+    kept = o.get('protocol')
+    return cls(o['emb'], pd.DataFrame(cols, index=range(len(o['emb']))), kept and Protocol(**kept))
 
 # %% ../../nbs/07a_eval.features.ipynb #988b7503
 def evaluate(
     q:Features, # Queries
     g:Features, # Gallery
     dist:Callable=cosine_dist, # (Q,D),(G,D) → (Q,G), smaller is closer
-    protocol:str|Protocol=None, # A name in `protocols` or your own; by default what `choose_protocol` says
+    protocol:str|Protocol=None, # A name in `protocols` or your own; else that of the features, else `choose_protocol`
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
     device:str|torch.device=None, # Where to compute; by default where the features are
 )->ReIDResult: # Scores of every query
     "Rank the gallery for every query and score the lists"
-    emb,fn = g.emb.to(device),getattr(dist, 'func', dist)   # a `partial` goes by the name of its function
+    emb = g.emb.to(device)
+    fn = getattr(dist, 'func', dist)   # a `partial` goes by the name of its function
     metric = getattr(fn, '__name__', type(fn).__name__).removesuffix('_dist')
-    return rank_dist(lambda i: dist(q.emb[i].to(device), emb), q, g, protocol, max_rank, chunk, metric)
+    return rank_dist(lambda pos: dist(q.emb[pos].to(device), emb), q, g, protocol, max_rank, chunk, metric)
 
 # %% ../../nbs/07a_eval.features.ipynb #7a179159
 @patch
 def pool(self:Features,
     by:list=('dsetid','pid','camid','trackid'), # Columns; rows that agree in those of them the table has become one
-)->Features: # A row for each group, in the order of their first rows; columns of the first row, and `n_pooled`, how many there were
+)->Features: # A row per group, with the columns of its first row and `n_pooled`, its number of rows; same protocol
     "Mean of the unit vectors of every group of rows"
     cols = [c for c in by if c in self.df]
-    if not cols: raise ValueError(f'no column of {list(by)} in the table, which has {list(self.df)}: name those that make a track')
-    code,first = self.df.groupby(cols, sort=False, dropna=False).ngroup().to_numpy(),~self.df.duplicated(cols).to_numpy()
-    emb = torch.zeros(int(first.sum()), self.emb.shape[1]).index_add_(0, torch.tensor(code), _unit(self.emb))
-    n = np.bincount(code)
-    return Features(emb/torch.tensor(n)[:,None], self.df[first].assign(n_pooled=n))
+    if not cols:
+        found = f'no column of {list(by)} in the table, which has {list(self.df)}'
+        raise ValueError(f'{found}: name those that make a track')
+    group = self.df.groupby(cols, sort=False, dropna=False).ngroup().to_numpy()
+    first = ~self.df.duplicated(cols).to_numpy()
+    total = torch.zeros(int(first.sum()), self.emb.shape[1]).index_add_(0, torch.tensor(group), _unit(self.emb))
+    n = np.bincount(group)
+    return Features(total/torch.tensor(n)[:,None], self.df[first].assign(n_pooled=n), self.protocol)

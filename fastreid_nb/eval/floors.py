@@ -14,35 +14,36 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
-from ..data.core import ReIDData
+from ..data.core import Protocol, ReIDData
 from ..data.images import TableImages, open_image, to_pil
 from .features import Features, cosine_dist, evaluate
 
 # %% ../../nbs/07g_eval.floors.ipynb #09093b56
 def _small(img, size):
-    "`img`, a path or a PIL picture, as RGB of `size` (height, width)"
+    "`img`, a path or a PIL image, as RGB of `size` (height, width)"
     return open_image(img).resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=2)
 
 def raw_pixels(
-    img:str|Path|Image.Image, # Picture
+    img:str|Path|Image.Image, # Image
     size:tuple=(32,16), # (height, width) it is brought to, pixels
 )->np.ndarray: # (3·height·width,) float32 in [0,1]
-    "The pixels of a picture made small, row by row"
+    "The pixels of an image made small, row by row"
     return np.asarray(_small(img, size), dtype=np.float32).ravel()/255
 
 # %% ../../nbs/07g_eval.floors.ipynb #79c564f9
 def color_hist(
-    img:str|Path|Image.Image, # Picture
+    img:str|Path|Image.Image, # Image
     stripes:int=6, # Horizontal stripes
     bins:tuple=(8,4,4), # Bins of hue, saturation and value
-    size:tuple=(96,48), # (height, width) the picture is brought to first, pixels
+    size:tuple=(96,48), # (height, width) the image is brought to first, pixels
 )->np.ndarray: # (stripes · product of bins,) float32, of length 1
-    "Square roots of the share of each colour in each stripe of a picture, top to bottom"
+    "Square roots of the share of each colour in each stripe of an image, top to bottom"
     hsv = np.asarray(_small(img, size).convert('HSV'), dtype=int)
-    code = np.ravel_multi_index(tuple((hsv*bins//256).transpose(2,0,1)), bins)
-    n = np.prod(bins)
-    counts = np.concatenate([np.bincount(o.ravel(), minlength=n) for o in np.array_split(code, stripes)])
-    return np.sqrt(counts/code.size).astype(np.float32)
+    h,s,v = (hsv*bins//256).transpose(2,0,1)
+    code = np.ravel_multi_index((h,s,v), bins)
+    n_bins = np.prod(bins)
+    counts = [np.bincount(o.ravel(), minlength=n_bins) for o in np.array_split(code, stripes)]
+    return np.sqrt(np.concatenate(counts)/code.size).astype(np.float32)
 
 # %% ../../nbs/07g_eval.floors.ipynb #cd35a293
 def features_from(
@@ -50,15 +51,17 @@ def features_from(
     df:pd.DataFrame, # Split
     n_workers:int=4, # Threads
     progress:bool=False, # Show a bar?
+    protocol:str|Protocol=None, # That of the data, for the features to carry; None leaves it to `evaluate`
 )->Features: # One row per row of `df`
     "Features by a function of your own"
     if not len(df): raise ValueError('an empty table: expected one row or more')
-    ps = TableImages(df)
+    images = TableImages(df)
     with ThreadPoolExecutor(n_workers) as ex:
-        vecs = ex.map(lambda i: f(to_pil(ps[i])), range(len(ps)))
+        vecs = ex.map(lambda i: f(to_pil(images[i])), range(len(images)))
         vecs = list(progress_bar(vecs, total=len(df), leave=False) if progress else vecs)
-    if len(sizes := {np.shape(o) for o in vecs})>1: raise ValueError(f'vectors of shapes {sorted(sizes)}: expected one shape for all pictures')
-    return Features(np.stack(vecs), df)
+    sizes = {np.shape(o) for o in vecs}
+    if len(sizes)>1: raise ValueError(f'vectors of shapes {sorted(sizes)}: expected one shape for all images')
+    return Features(np.stack(vecs), df, protocol)
 
 # %% ../../nbs/07g_eval.floors.ipynb #f2f5ab34
 def floor_scores(
@@ -67,6 +70,8 @@ def floor_scores(
     progress:bool=False, # Show bars?
 )->pd.DataFrame: # Rows 'raw pixels' and 'colour histogram', columns `mAP`, `mINP` and `rank-1`, in [0,1]
     "What the query and gallery of `data` score without any training"
-    floors = {'raw pixels':raw_pixels, 'colour histogram':color_hist}
-    res = {k: evaluate(*[features_from(f, o, progress=progress) for o in (data.query,data.gallery)], dist, data.protocol).to_dict() for k,f in floors.items()}
-    return pd.DataFrame(res).T[['mAP','mINP','rank-1']].astype(float)
+    def score(f):
+        sides = [features_from(f, o, progress=progress, protocol=data.protocol) for o in (data.query,data.gallery)]
+        return evaluate(*sides, dist).to_dict()
+    scores = {'raw pixels':score(raw_pixels), 'colour histogram':score(color_hist)}
+    return pd.DataFrame(scores).T[['mAP','mINP','rank-1']].astype(float)

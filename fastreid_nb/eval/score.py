@@ -9,17 +9,16 @@ __all__ = ['ScoreReID']
 
 # %% ../../nbs/07d_eval.score.ipynb #9cfd6ace
 from collections.abc import Callable
-import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastcore.basics import patch
 from fastcore.foundation import L
 from ..data.core import matchable
 from .features import cosine_dist, evaluate
-from .inference import _emb, _reid, _split
+from .inference import data_of, emb_of, fetch, join, split_emb
 
 # %% ../../nbs/07d_eval.score.ipynb #c8f423a6
 class ScoreReID(Callback):
-    "After an epoch score query and gallery: columns `mAP` and `rank-1` instead of `valid_loss`, all of it in `learn.reid_result`"
+    "After an epoch score query and gallery: columns `mAP` and `rank-1`, and all of it in `learn.reid_result`"
     name,order = 'score_reid',55   # Recorder (50) < ScoreReID < ProgressCallback (60)
     def __init__(self,
         every:int=1, # Score every so many epochs, and always after the last
@@ -30,17 +29,22 @@ class ScoreReID(Callback):
         self.on = self.due = self.trained = False
 
     def before_fit(self):
-        data,self.trained = _reid(self.dls),False
-        self.on = self is [o for o in self.learn.cbs if isinstance(o, ScoreReID)][-1]   # given twice, the later one works
-        if not matchable(data).any(): raise ValueError(f'none of {len(data.query)} queries has a match among {len(data.gallery)} gallery '
-            f'pictures under protocol {data.protocol}, so there is nothing to score: `data.check()` says more')
+        data = data_of(self.dls)
+        self.trained = False
+        given = [o for o in self.learn.cbs if isinstance(o, ScoreReID)]
+        self.on = self is given[-1]   # of two the later one works
+        if not matchable(data).any():
+            sizes = f'{len(data.query)} queries has a match among {len(data.gallery)} gallery images'
+            advice = 'so there is nothing to score: `data.check()` says more'
+            raise ValueError(f'none of {sizes} under protocol {data.protocol}, {advice}')
         if self.on and self._rec: self._name_columns(self._rec)
 
     @property
     def _rec(self): return getattr(self.learn, 'recorder', None)
     def before_train(self): self.trained = True
     def before_validate(self):
-        self.embs,self.due = [],self.on and self._is_due()
+        self.embs = []
+        self.due = self.on and self._is_due()
         if self._rec: self.n_log = len(self._rec.log)
         if self.on and self.trained and not self.due: raise CancelValidException()
 
@@ -48,12 +52,12 @@ class ScoreReID(Callback):
         if not self.training: self.learn.yb = ()   # no targets, no loss
 
     def after_pred(self):
-        if not self.training and self.due: self.embs.append(_emb(self.pred, len(self.xb[0])))
+        if self.training or not self.due: return
+        self.embs.append(fetch(emb_of(self.pred, len(self.xb[0]))))
 
     def after_cancel_validate(self): self.due = False
     def after_validate(self):
-        data = _reid(self.dls)
-        if self.due: self.learn.reid_result = evaluate(*_split(torch.cat(self.embs), data), self.dist, data.protocol, device=self.dls.device)
+        if self.due: self.learn.reid_result = self._score()
         if self.on and self._rec: self._log(self._rec)
 
 # %% ../../nbs/07d_eval.score.ipynb #5c6c2a89
@@ -63,10 +67,17 @@ def _is_due(self:ScoreReID):
     return not self.trained or self.epoch==self.n_epoch-1 or (self.epoch+1)%self.every==0
 
 @patch
+def _score(self:ScoreReID):
+    q,g = split_emb(join(self.embs, self.dls.device), data_of(self.dls))
+    return evaluate(q, g, self.dist, device=self.dls.device)
+
+# %% ../../nbs/07d_eval.score.ipynb #851c1cfe
+@patch
 def _name_columns(self:ScoreReID, rec):
     names = list(rec.metric_names)
     self.has_loss = 'valid_loss' in names
-    rec.metric_names = L(o for o in names if o not in ('valid_loss','time')) + ['mAP','rank-1'] + ['time']*('time' in names)
+    kept = [o for o in names if o not in ('valid_loss','time')]
+    rec.metric_names = L(kept) + ['mAP','rank-1'] + ['time']*('time' in names)
 
 @patch
 def _log(self:ScoreReID, rec):

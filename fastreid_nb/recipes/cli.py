@@ -11,8 +11,9 @@ __all__ = ['reid_commands', 'reid_demo', 'reid_train', 'reid_eval', 'reid_doctor
 import sys, warnings
 from functools import partial
 from pathlib import Path
-warnings.filterwarnings('ignore', message='.*torch.jit.script|.*chained_assignment') # of libraries at import
-from fastai.torch_core import default_device
+with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', message='.*torch.jit.script|.*chained_assignment') # of fastai, at import
+    from fastai.torch_basics import default_device
 from fastcore.script import anno_parser
 from ..data import doctor # the method `ReIDData.doctor`; chkstyle: ignore
 from ..data.toy import toy_reid
