@@ -130,7 +130,7 @@ def _fastest(kind, training):
     print(f'{what} on this {kind} in {best}: {ratio:.1f} × float32, channels first (measured on a block of convolutions).')
     return best
 
-# %% ../../nbs/04i_heads.speed.ipynb #5ce85abf
+# %% ../../nbs/04i_heads.speed.ipynb #fac11f4a
 def fastest(
     device:str|torch.device, # Where the model is
     training:bool=True, # With the backward pass, or forward only?
@@ -138,6 +138,7 @@ def fastest(
     "The fastest safe way to run convolutions on a device: measured on first use in a second, then remembered"
     return _fastest(torch.device(device).type, training)
 
+# %% ../../nbs/04i_heads.speed.ipynb #fee25097
 def best_dtype(
     device:str|torch.device, # Where the model is
     training:bool=True, # With the backward pass, or forward only?
