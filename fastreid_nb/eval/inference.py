@@ -23,7 +23,8 @@ from ..data.core import Protocol, ReIDData
 from ..data.preproc import Preproc
 from ..augment.loaders import plain_dl
 from ..heads.model import eval_mode
-from ..train.core import Amp, best_dtype
+from ..heads.speed import best_dtype
+from ..train.core import Amp
 from .core import ReIDResult
 from .features import Features, cosine_dist, evaluate
 
