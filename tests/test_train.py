@@ -26,8 +26,7 @@ class TinyNet(nn.Sequential):
 def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
 
 @pytest.fixture(scope='module')
-def dls(data):
-    return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
+def dls(data): return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
 
 @pytest.fixture
 def learn(dls):

@@ -96,7 +96,7 @@ def _block(speed, device, training, bs):
             if training: torch.autograd.grad([y.sum() for y in ys], [o for part in parts for o in part])
     return run
 
-# %% ../../nbs/04i_heads.speed.ipynb #ed98ec35
+# %% ../../nbs/04i_heads.speed.ipynb #cc43fc14
 def _dtypes(device):
     "The precisions that may pay on a device, the usual one first"
     if device.type=='cpu': return [torch.float32, torch.bfloat16]
@@ -117,6 +117,7 @@ def _measure(runs, device):
     if device.type!='cpu': return time_in_turn(runs, device, budget=.6)
     with _threads(1): return time_in_turn(runs, device, budget=.6, clock=time.thread_time)
 
+# %% ../../nbs/04i_heads.speed.ipynb #693dcdda
 @lru_cache
 def _fastest(kind, training):
     device = torch.device(kind)
