@@ -17,9 +17,10 @@ from .model import ReIDModel, _describe, reid_model
 
 # %% ../../nbs/04b_heads.rebuild.ipynb #613f28db
 _dotted = re.compile(r'(?:fastreid_nb(?:\.\w+)+\.)?([A-Za-z]\w*)') # Files of version 0.0.1 name the module too
+# Public name of version 0.0.1 to the present one
 _old_names = dict(AvgPool='GlobalAvgPool', MaxPool='GlobalMaxPool', from_timm_name='timm_backbone',
     mobilenet_v2='mobilenetv2', mobilenet_v3='mobilenetv3', shufflenet_v2='shufflenetv2',
-    ResNet='resnet', ResNeSt='resnest', OSNet='osnet', RepVGG='repvgg') # Public name of version 0.0.1 to the present one
+    ResNet='resnet', ResNeSt='resnest', OSNet='osnet', RepVGG='repvgg')
 _old_args = dict(resnet=dict(depth='variant'), resnest=dict(depth='variant'), osnet=dict(kind='variant'),
     timm_backbone=dict(spec='name')) # Present name of a function to its arguments, old to new
 _old_args |= {o:dict(size='variant') for o in ('mobilenetv3','efficientnet','regnet','repvgg','vit','transreid')}
