@@ -24,6 +24,8 @@ from ..data.files import other_kind, read_torch
 # %% ../../nbs/02a_backbone.weights.ipynb #8d683665
 _by_hand = """cannot download the ImageNet weights {url} ({error}). Connect to the network, put the file at {dst}, \
 give pretrained="path/to/a/file", or start untrained with pretrained=False (on the command line: --weights none)"""
+_not_it = """what came from {url} is not the file that its name promises ({error}): damaged on the way, or changed \
+by its authors. Try again, or get it with a browser and put it at {dst}"""
 _patience = 30 # Seconds without an answer
 
 @contextmanager
@@ -52,8 +54,7 @@ def download_weights(
     if dst.exists(): return dst
     try: _fetch(url, dst, checksum and checksum[1])
     except (OSError,HTTPException) as e: raise FileNotFoundError(_by_hand.format(url=url, error=e, dst=dst)) from e
-    except RuntimeError as e: raise ValueError(f'what came from {url} is not the file that its name promises ({e}): '
-        f'damaged on the way, or changed by its authors. Try again, or get it with a browser and put it at {dst}') from e
+    except RuntimeError as e: raise ValueError(_not_it.format(url=url, error=e, dst=dst)) from e
     return dst
 
 
@@ -126,7 +127,8 @@ def _check_state(o, source):
 
 
 # %% ../../nbs/02a_backbone.weights.ipynb #f543d2fa
-_leftovers = {r'(.*[._])?(queue|memory)(_\w+)?(\..*)?':'memory of its training', r'(.*\.)?n_averaged':'a count of its training',
+_leftovers = {r'(.*[._])?(queue|memory)(_\w+)?(\..*)?':'memory of its training',
+    r'(.*\.)?n_averaged':'a count of its training',
     r'(.*\.)?(\w*(criterion|loss)\w*|margin\w*|centers|proxies)(\..*)?':'part of a loss'}
 
 def leftover(
@@ -212,20 +214,30 @@ def as_state(
 # %% ../../nbs/02a_backbone.weights.ipynb #1d88dde3
 _our_head = r'(backbone|pool)\.|head\.(neck|classifier|reduce|post|branches|heads|parts|streams|attend|gate|models)\b'
 
+def _has(state, *patterns):
+    "Is there an entry for each pattern?"
+    return all(any(re.match(p, k) for k in state) for p in patterns)
+
+def _fastreid_era(state):
+    "'A', 'B' or 'C' for a file of FastReID, '' for another"
+    def has(name): return _has(state, rf'(heads|b1_head)\.{name}')
+    if has('bnneck') or has('classifier') and not has('bottleneck'): return 'A'
+    if has('classifier'): return 'B'
+    if not _has(state, r'backbone\.') or not has(''): return ''
+    return 'B' if _has(state, 'pixel_mean') else 'C'
+
 def project_of(
     state:dict, # Name to tensor, without the prefixes of training programs
-)->str: # 'fastreid A', 'fastreid B', 'fastreid C', 'bagtricks', 'transreid', 'torchreid', 'fastreid_nb', 'another project' or 'imagenet'
+)->str: # 'fastreid A', 'B' or 'C', 'bagtricks', 'transreid', 'torchreid', 'fastreid_nb', 'another project', 'imagenet'
     "Which project wrote a file of weights"
-    def has(*patterns): return all(any(re.match(p, k) for k in state) for p in patterns)
-    if has(r'heads\.bnneck|b1_head\.bnneck'): return 'fastreid A'
-    if has(r'heads\.classifier|b1_head\.classifier'): return 'fastreid B' if has(r'heads\.bottleneck|b1_head\.bottleneck') else 'fastreid A'
-    if has(r'backbone\.', r'heads\.|b1_head\.'): return 'fastreid B' if has('pixel_mean') else 'fastreid C'
-    if has(r'backbone\.', r'(?!backbone\.|pixel_)'):
-        return 'fastreid_nb' if all(leftover(k) or re.match(_our_head, k) for k in state) else 'another project'
-    if has(r'base\.cls_token'): return 'transreid'
-    if has(r'base\.'): return 'bagtricks'
-    if has(r'fc\.1\.running_mean') or has(r'conv5\.conv\.', r'conv2\.0\.gate\.'): return 'torchreid'
-    return 'torchreid' if has(r'classifier\.') and not has(r'features\.|blocks\.') else 'imagenet'
+    if era := _fastreid_era(state): return f'fastreid {era}'
+    if _has(state, r'backbone\.', r'(?!backbone\.|pixel_)'):
+        ours = all(leftover(k) or re.match(_our_head, k) for k in state)
+        return 'fastreid_nb' if ours else 'another project'
+    if _has(state, r'base\.cls_token'): return 'transreid'
+    if _has(state, r'base\.'): return 'bagtricks'
+    if _has(state, r'fc\.1\.running_mean') or _has(state, r'conv5\.conv\.', r'conv2\.0\.gate\.'): return 'torchreid'
+    return 'torchreid' if _has(state, r'classifier\.') and not _has(state, r'features\.|blocks\.') else 'imagenet'
 
 
 # %% ../../nbs/02a_backbone.weights.ipynb #7925798e
@@ -243,17 +255,18 @@ class WeightsFile:
 def body_of(
     state:dict, # Name to tensor
 )->dict: # Those of the backbone, or all if it has no name of its own
-    "The backbone of a whole model"
+    "The backbone of a whole model; where it was cut into branches, with the first branch"
     inside = {k.partition('.')[2]:v for k,v in state.items() if k.startswith(('backbone.','base.'))}
-    return inside or state
+    first = {k.removeprefix('head.branches.0.'):v for k,v in state.items() if k.startswith('head.branches.0.')}
+    return first|inside or state
 
 def _entry(found, entry, path):
     "The state that `entry` asks for: a dictionary in the file, or the entries whose names begin with that word"
     for k,state in found.items():
         if entry in (k, k.rpartition('.')[2]): return k,state
-    inside = {f'{k}.{entry}'.strip('.'):{n:v for n,v in state.items() if n.startswith(f'{entry}.')} for k,state in found.items()}
-    for k,state in inside.items():
-        if state: return k,{n.removeprefix(f'{entry}.'):v for n,v in state.items()}
+    for k,state in found.items():
+        inside = {n.removeprefix(f'{entry}.'):v for n,v in state.items() if n.startswith(f'{entry}.')}
+        if inside: return f'{k}.{entry}'.strip('.'),inside
     raise ValueError(f'{path} has no entry {entry!r}: its dictionaries of tensors are {list(found)}')
 
 
@@ -261,8 +274,14 @@ def _entry(found, entry, path):
 def _nothing_in(o, path):
     "What to say of a file without a state"
     if not isinstance(o, dict) or o.get('format')!='fastreid_nb': return _no_state(o, path)
-    return (f'{path} was written by version {o.get("version")} of fastreid_nb; state is missing in it, which holds the weights: '
-        'save it again, or get it again')
+    who = f'{path} was written by version {str(o.get("version"))[:20]} of fastreid_nb'
+    return f'{who}; state is missing in it, which holds the weights: save it again, or get it again'
+
+def is_features(
+    o, # What a file held
+)->bool: # Was it written by `Features.save`?
+    "Is this a file of features?"
+    return isinstance(o, dict) and o.get('kind')=='fastreid_nb.Features'
 
 def read_weights(
     path:str|Path, # File of weights of any form
@@ -272,12 +291,13 @@ def read_weights(
     "Read a file of weights, whoever wrote it"
     path = Path(path).expanduser()
     o = read_torch(path)
+    if is_features(o): raise ValueError(f'{path} holds features, no weights: Features.load reads it')
     found = states_in(o)
     if not found: raise ValueError(_nothing_in(o, path))
     where,state = _entry(found, entry, path) if entry else (k := choose_state(found), found[k])
     others = [k for k in found if k!=where]
-    said = [f'weights of the entry {where}; {", ".join(others)} is there too, and `entry` chooses'] if others and not entry else []
-    peeled = unprefixed(state, fits)
+    said,peeled = [],unprefixed(state, fits)
+    if others and not entry: said.append(f'weights of the entry {where} (`entry` chooses another: {", ".join(others)})')
     if peeled.prefix: said.append(f'{peeled.prefix} removed from the names')
     names = {id(v):k for k,v in state.items()}
     return WeightsFile(path, peeled.state, project_of(peeled.state), said, peeled.dropped, names, o)
@@ -346,7 +366,8 @@ def fill_network(
     found['not in the network'] = [(names or {}).get(id(state[k]), k) for k in extra]
     lines = [f'{what}: {len(o)}, such as {o[:3]}' for what,o in found.items() if o]
     if lines:
-        first = f'{source} does not fit {type(bare_module(net)).__name__}; nothing was loaded.{_hint(found["missing in the file"], extra)}'
+        hint = _hint(found['missing in the file'], extra)
+        first = f'{source} does not fit {type(bare_module(net)).__name__}; nothing was loaded.{hint}'
         raise ValueError('\n'.join([first, *lines]))
     used = {k:v for k,v in state.items() if k in own}
     _check_numbers(own, used, source)

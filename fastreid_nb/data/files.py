@@ -80,12 +80,12 @@ _starts = {rb'(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)':
     _packed:'a compressed file: unpack it, and give the file of weights in it',
     rb'(?s).{257}ustar':'a tar archive: unpack it, and give the file of weights in it',
     _image:'an image', rb'%PDF':'a PDF document',
-    rb'\s*[{\[]\s*["{\[\]}]':'a JSON text, no weights: an index of several files, or the error of a server; look into it',
+    rb'\s*[{\[]\s*["{\[\]}]':'a JSON text: an index of several files, or the error of a server; look into it',
     rb'\x08[\x01-\x14][\x12\x1a\x22\x28\x32\x3a\x42]':f'an ONNX network: {_from_torch}',
     rb'\0{512}':'a file that begins with zeros: get it again'}
-_ends = {'.onnx':'an ONNX network', '.h5':'a file of Keras', '.pb':'a network of TensorFlow', '.trt':'a TensorRT engine',
-    '.tflite':'a TensorFlow Lite network', '.caffemodel':'a network of Caffe', '.engine':'a TensorRT engine',
-    '.mlmodel':'a Core ML network'}
+_ends = {'.onnx':'an ONNX network', '.h5':'a file of Keras', '.pb':'a network of TensorFlow',
+    '.tflite':'a TensorFlow Lite network', '.caffemodel':'a network of Caffe', '.mlmodel':'a Core ML network',
+    '.trt':'a TensorRT engine', '.engine':'a TensorRT engine'}
 
 # %% ../../nbs/00a_data.files.ipynb #be3fc7e4
 _keep = 'from fastreid_nb.data.files import keep_tensors; torch.save(keep_tensors(o), new_path)'
@@ -121,15 +121,16 @@ def other_kind(
 )->str: # What it is and what to do; '' if nothing is known
     "What a file is, by its first bytes"
     with path.open('rb') as f: start = f.read(4096)
-    if not start: return 'empty: get it again'
+    if not start: return 'empty, truncated or never written: get it again'
     if start[:2]==b'PK' and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z: return _zip_kind(z.namelist())
     if re.match(rb'\x80[\2-\5]', start): return '' if _magic in start[:32] else (
         f'a pickle that torch did not write. If you trust where it comes from, convert it: {_unpickle}')
-    if path.suffix=='.bin' and path.with_suffix('.xml').is_file(): return f'the weights of an OpenVINO network: {_from_torch}'
     known = [text for pattern,text in _starts.items() if re.match(pattern, start)]
     if known: return known[0]
-    if path.suffix.lower() in _ends: return f'{_ends[path.suffix.lower()]}: {_from_torch}'
+    beside = path.suffix=='.bin' and path.with_suffix('.xml').is_file()
+    named = 'the weights of an OpenVINO network' if beside else _ends.get(path.suffix.lower())
+    if named: return f'{named}: {_from_torch}'
     return f'a text, which begins with {start[:30].decode(errors="ignore")!r}' if _is_text(start) else ''
 
 # %% ../../nbs/00a_data.files.ipynb #fc95c89b
@@ -148,8 +149,10 @@ def _safe_tensor(data, dtype, shape, data_offsets):
     "One tensor of a file of safetensors"
     kind,(start,end) = _dtypes[dtype],data_offsets
     n = math.prod(shape)
-    if not 0<=start<=end<=len(data) or end-start!=n*kind.itemsize: raise ValueError(f'{data_offsets} of {len(data)} bytes')
-    return torch.frombuffer(data, dtype=kind, count=n, offset=start).view(shape) if n else torch.zeros(shape, dtype=kind)
+    whole = 0<=start<=end<=len(data) and end-start==n*kind.itemsize
+    if not whole: raise ValueError(f'{data_offsets} of {len(data)} bytes')
+    if n==0: return torch.zeros(shape, dtype=kind)
+    return torch.frombuffer(data, dtype=kind, count=n, offset=start).view(shape)
 
 def read_safetensors(
     path:Path, # File of safetensors
@@ -198,8 +201,8 @@ def _why_not_read(path, what, e):
     if kind := other_kind(path): return ValueError(f'{path} is not a readable file of {what}: it is {kind}')
     if unsafe := re.search(r'GLOBAL ([\w.]+)', str(e)):
         why = f'holds {unsafe[1]} beside its {what}, and reading that would run code from the file'
-        way_out = f'If you trust where it comes from, convert it once, with whatever installed that it asks for: {_convert}'
-        return ValueError(f'{path} {why}. {way_out}')
+        way_out = 'If you trust where it comes from, convert it once, with whatever installed that it asks for'
+        return ValueError(f'{path} {why}. {way_out}: {_convert}')
     why = f'is not a readable file of {what} ({type(e).__name__}, {path.stat().st_size:,} bytes)'
     why += ': truncated, or not written by torch.save'
     return ValueError(f'{path} {why}. If it was downloaded, delete it and download it again')
@@ -215,7 +218,8 @@ def _regular(path, what):
     path = Path(path).expanduser()
     if path.is_dir():
         inside = sorted(o.name for o in path.iterdir() if o.suffix in _endings)
-        raise ValueError(f'{path} is a folder: give the file of {what} in it{f", such as {inside[:3]}" if inside else ""}')
+        such_as = f', such as {inside[:3]}' if inside else ''
+        raise ValueError(f'{path} is a folder: give the file of {what} in it{such_as}')
     if not path.exists(): raise FileNotFoundError(f'there is no file {path}: expected one with {what}')
     if not path.is_file(): raise ValueError(f'{path} is no regular file: expected one with {what}')
     return path

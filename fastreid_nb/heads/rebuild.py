@@ -19,7 +19,7 @@ from .model import ReIDModel, _describe, reid_model
 _dotted = re.compile(r'(?:fastreid_nb(?:\.\w+)+\.)?([A-Za-z]\w*)') # Files of version 0.0.1 name the module too
 _old_names = dict(AvgPool='GlobalAvgPool', MaxPool='GlobalMaxPool', from_timm_name='timm_backbone',
     mobilenet_v2='mobilenetv2', mobilenet_v3='mobilenetv3', shufflenet_v2='shufflenetv2',
-    ResNet='resnet', ResNeSt='resnest', OSNet='osnet', RepVGG='repvgg') # Public name of version 0.0.1 to the present one
+    ResNet='resnet', ResNeSt='resnest', OSNet='osnet', RepVGG='repvgg') # Public name of 0.0.1 to the present one
 _old_args = dict(resnet=dict(depth='variant'), resnest=dict(depth='variant'), osnet=dict(kind='variant'),
     timm_backbone=dict(spec='name')) # Present name of a function to its arguments, old to new
 _old_args |= {o:dict(size='variant') for o in ('mobilenetv3','efficientnet','regnet','repvgg','vit','transreid')}
@@ -50,7 +50,8 @@ def _find(name, spec):
     fn = _public(name, spec['fn'])
     new = _old_args.get(fn.__name__, {})
     kw = {new.get(k, k):v for k,v in spec['kw'].items()}
-    if off := _reading & kw.keys(): raise ValueError(f'the recipe gives {sorted(off)} to {fn.__name__}, which would read a file, '
+    off = sorted(_reading & kw.keys())
+    if off: raise ValueError(f'the recipe gives {off} to {fn.__name__}, which would read a file, '
         'and is therefore not run: build the model yourself and pass it')
     return partial(fn, **{k:_find(k, v) if _is_spec(v) else v for k,v in kw.items()})
 

@@ -18,7 +18,7 @@ from .. import __version__
 from torch import nn
 from ..data.files import atomic_path, check_choice, read_torch
 from ..data.preproc import Preproc
-from ..backbone.weights import as_state, bare_module, bare_names, fill_network, project_of, states_in
+from ..backbone.weights import as_state, bare_module, bare_names, fill_network, is_features, project_of, states_in
 from ..heads.core import ReIDOut
 from ..heads.model import ReIDModel
 from ..heads.rebuild import model_from_recipe
@@ -95,11 +95,11 @@ def _who(ck, path):
 
 def _not_ours(content, path):
     "Why a file is no checkpoint, and what reads it"
-    if isinstance(content, dict) and content.get('kind')=='fastreid_nb.Features': return f'{path} holds features: Features.load reads it'
-    if states_in(content): return (f'{path} is no fastreid_nb checkpoint but a file of weights ({project_of(as_state(content))}): '
-        'load_pretrained reads it')
-    holds = reprlib.repr(list(content)) if isinstance(content, dict) else type(content).__name__
-    return f'{path} is no fastreid_nb checkpoint: it holds {holds}'
+    what = f'{path} is no fastreid_nb checkpoint'
+    if is_features(content): return f'{what}: it holds features, which Features.load reads'
+    if states_in(content):
+        return f'{what} but a file of weights ({project_of(as_state(content))}): load_pretrained reads it'
+    return f'{what}: it holds {reprlib.repr(list(content)) if isinstance(content, dict) else type(content).__name__}'
 
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #42bb0b57
@@ -119,8 +119,9 @@ def _read_preproc(ck, path):
     "How images are read, as the file says"
     (who,advice),known = _who(ck, path),[o.name for o in fields(Preproc)]
     new,lack = [k for k in ck['preproc'] if k not in known],[k for k in known[:4] if k not in ck['preproc']]
-    if new: raise ValueError(f'{who}; its images are read in a way that is not known here ({", ".join(map(str, new[:5]))}): {advice}')
-    if lack: raise ValueError(f'{who}; it does not say how its images are read ({", ".join(lack)} missing): {advice}')
+    names = ', '.join(str(o)[:20] for o in (new or lack)[:5])
+    if new: raise ValueError(f'{who}; its images are read in a way that is not known here ({names}): {advice}')
+    if lack: raise ValueError(f'{who}; it does not say how its images are read ({names} missing): {advice}')
     try:
         preproc = Preproc.from_dict(ck['preproc'])
         check_norm(preproc)
@@ -134,7 +135,7 @@ def _rebuild(ck, path):
     try: return model_from_recipe(ck['recipe'])
     except ValueError as e: why = str(e)
     except (KeyError,TypeError,AttributeError,IndexError,RuntimeError,MemoryError,RecursionError,ImportError) as e:
-        why = f'cannot be rebuilt ({type(e).__name__}: {str(e)[:200]}): build the model yourself and pass it'
+        why = f'it cannot be rebuilt by {__version__} ({type(e).__name__}: {str(e)[:200]}): build the model yourself'
     who,advice = _who(ck, path)
     raise ValueError(f'{who}; {why}'+(f', or {advice}' if advice.startswith('update') else ''))
 
@@ -149,7 +150,8 @@ def load_reid(
     ck = _read_checkpoint(path)
     preproc = _read_preproc(ck, path)
     if model is None: model = _rebuild(ck, path)
-    fill_network(model, ck['state'], path, ignore=())
+    wrapped = not bare_names(model).keys() & ck['state'].keys()   # version 0.0.1 kept the names of torch.compile
+    fill_network(model, as_state(ck['state'], path) if wrapped else ck['state'], path, ignore=())
     inner = bare_module(model)
     inner.preproc = preproc
     if ck['test_on'] is not None: inner.test_on = check_choice('test_on', ck['test_on'], ReIDOut._fields)

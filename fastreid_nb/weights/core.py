@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/weights.html.md"""
 # %% auto #0
 __all__ = ['read_config']
 
-# %% ../../nbs/13_weights.ipynb #faa6e736
+# %% ../../nbs/13_weights.ipynb #34201eca
 import ast, inspect, math, re, reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from ..backbone.vit import detect_vit, patch_grid
 from ..pooling.core import AvgMaxPool, ClipAvgPool, GeM, GlobalAvgPool, GlobalMaxPool
 from ..pooling.parts import FlattenPool
 
-# %% ../../nbs/13_weights.ipynb #d1e892d4
+# %% ../../nbs/13_weights.ipynb #200a5a8d
 _head_names = {r'(?:heads\.)?pool(?:_layer)?\.p':'pool.p', r'heads\.bnneck\.(.*)':r'head.neck.\1',
     r'heads\.bottleneck\.conv\.weight':'head.reduce.weight', r'heads\.bottleneck\.(?:0|1)\.(.*)':r'head.neck.\1',
     r'heads\.weight|(?:heads\.)?classifier\.weight':'head.classifier.weight', r'bottleneck\.(.*)':r'head.neck.\1',
@@ -39,7 +39,7 @@ def our_head_name(
         if m := re.fullmatch(pattern, name): return m.expand(ours)
     return name
 
-# %% ../../nbs/13_weights.ipynb #02c51162
+# %% ../../nbs/13_weights.ipynb #1eb55f82
 def our_head(
     state:dict, # Entries of a head
 )->dict: # The same under our names
@@ -52,12 +52,13 @@ def our_head(
         if old: state = {re.sub(r'^heads\.bottleneck\.1\.', 'head.post.0.', k):v for k,v in state.items()}
     return {our_head_name(k):v for k,v in state.items()}
 
-# %% ../../nbs/13_weights.ipynb #3e3e7502
-_detectors = {detect_resnet:True, detect_resnest:True, detect_osnet:False, detect_mobilenet:False, detect_shufflenet:False,
-    detect_efficientnet:True, detect_regnet:True, detect_repvgg:True, detect_vit:False}
+# %% ../../nbs/13_weights.ipynb #d139ae77
+_detectors = {detect_resnet:True, detect_resnest:True, detect_osnet:False, detect_mobilenet:False,
+    detect_shufflenet:False, detect_efficientnet:True, detect_regnet:True, detect_repvgg:True, detect_vit:False}
 
 _other = 'is not read; timm has many of the same networks under other names, and publishes weights for them'
-_foreign = {r'_conv_stem\.|_blocks\.':f'efficientnet_pytorch, which {_other}', r'visual\.|image_encoder\.|token_embedding':f'CLIP, which {_other}',
+_foreign = {r'_conv_stem\.|_blocks\.':f'efficientnet_pytorch, which {_other}',
+    r'visual\.|image_encoder\.|token_embedding':f'CLIP, which {_other}',
     r'(.*\.)?embeddings\.patch_embeddings':f'Hugging Face transformers, which {_other}',
     r'(.*\.)?(rpn|roi_heads?|bbox_head)\.':'a detector, which finds objects and compares none'}
 
@@ -73,7 +74,7 @@ def detect_backbone(
     raise ValueError(f'unknown network, with entries such as {list(state)[:4]}: none of {families}, or not all of it. '
         "Give `backbone`: a function that builds it, or 'timm/NAME' for a network of timm")
 
-# %% ../../nbs/13_weights.ipynb #d0529593
+# %% ../../nbs/13_weights.ipynb #13aa576b
 @dataclass
 class Call:
     "A function and the arguments that it will be called with"
@@ -94,7 +95,8 @@ class Call:
 
     def add(self, **kw):
         "Set arguments"
-        unknown = [k for k in kw if k not in self.options]
+        params = inspect.signature(self.fn).parameters.values()
+        unknown = [] if any(o.kind==o.VAR_KEYWORD for o in params) else [k for k in kw if k not in self.options]
         if unknown: raise ValueError(f'{self.name} has no option {unknown[0]}: it has {self.options}')
         self.kw |= kw
         return self
@@ -102,7 +104,7 @@ class Call:
     def partial(self): return partial(self.fn, **self.kw) if self.kw else self.fn
     def __repr__(self): return show_piece(self.partial())
 
-# %% ../../nbs/13_weights.ipynb #34bb3534
+# %% ../../nbs/13_weights.ipynb #d84d91d2
 def show_piece(
     piece, # Function, `partial` of one, or any value
 )->str: # As one would write it; the first argument without its name
@@ -113,17 +115,19 @@ def show_piece(
     args = [show_piece(v) if k==names[0] else f'{k}={show_piece(v)}' for k,v in named.items()]
     return f'{piece.func.__name__}({", ".join(args)})'
 
-# %% ../../nbs/13_weights.ipynb #8f0ca70f
-_base_configs = {f'base-{k}':dict(pool=pool, size=(h,128), cosine=cosine) for k,pool,h,cosine in
-    (('bagtricks','avgpool',256,False), ('agw','gempool',256,False), ('sbs','gempoolp',384,True), ('mgn','gempoolp',384,True))}
+# %% ../../nbs/13_weights.ipynb #d807f67b
+_strong = dict(pool='gempoolp', size=(384,128), cosine=True)
+_base_configs = {'base-bagtricks':dict(pool='avgpool', size=(256,128), cosine=False),
+    'base-agw':dict(pool='gempool', size=(256,128), cosine=False), 'base-sbs':_strong, 'base-mgn':_strong}
 
 _fixed_gem = partial(GeM, learn=False)
-pool_names = dict(avgpool=GlobalAvgPool, globalavgpool=GlobalAvgPool, fastavgpool=GlobalAvgPool, fastglobalavgpool=GlobalAvgPool,
-    maxpool=GlobalMaxPool, globalmaxpool=GlobalMaxPool, gempool=_fixed_gem, generalizedmeanpooling=_fixed_gem,
-    gempoolp=GeM, generalizedmeanpoolingp=GeM, avgmaxpool=AvgMaxPool, adaptiveavgmaxpool=AvgMaxPool,
+pool_names = dict(avgpool=GlobalAvgPool, globalavgpool=GlobalAvgPool, fastavgpool=GlobalAvgPool,
+    fastglobalavgpool=GlobalAvgPool, maxpool=GlobalMaxPool, globalmaxpool=GlobalMaxPool,
+    gempool=_fixed_gem, generalizedmeanpooling=_fixed_gem, gempoolp=GeM,
+    generalizedmeanpoolingp=GeM, avgmaxpool=AvgMaxPool, adaptiveavgmaxpool=AvgMaxPool,
     clipavgpool=ClipAvgPool, clipglobalavgpool=ClipAvgPool, identity=FlattenPool, flatten=FlattenPool)
 
-# %% ../../nbs/13_weights.ipynb #f9a46a87
+# %% ../../nbs/13_weights.ipynb #2a23d62b
 _short = reprlib.Repr()
 _short.maxlevel,_short.maxstring,_short.maxother = 2,100,100
 
@@ -138,7 +142,8 @@ def _section(cfg, *keys, path=''):
 def _read_yaml(path):
     "A config as a dictionary"
     try: cfg = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except OSError as e: raise FileNotFoundError(f'{path} cannot be read ({e.strerror}): expected a config.yaml of fast-reid') from e
+    except OSError as e:
+        raise FileNotFoundError(f'{path} cannot be read ({e.strerror}): expected a config.yaml of fast-reid') from e
     except (yaml.YAMLError,UnicodeDecodeError,RecursionError,ValueError) as e:
         raise ValueError(f'{path} cannot be read as YAML ({str(e)[:200]})') from e
     return _section(dict(all=cfg), 'all', path=path)
@@ -149,7 +154,7 @@ def _word(section, key, path):
     if o is None or isinstance(o, (str,bool,int,float)): return o
     raise ValueError(f'{path}: {key} is {_short.repr(o)}, expected a word or a number')
 
-# %% ../../nbs/13_weights.ipynb #15cc1202
+# %% ../../nbs/13_weights.ipynb #164bad32
 def _literal(o):
     "A value that was written as text"
     if not isinstance(o, str) or len(o)>200: return o
@@ -170,9 +175,9 @@ def unit_range(
     "Values of pixels in the unit range"
     return [float(v)/(255 if max(vals)>1 else 1) for v in vals]
 
-# %% ../../nbs/13_weights.ipynb #bde08787
-_builders = dict(resnet='resnet', resnext='resnet', resnest='resnest', osnet='osnet', mobilenetv2='mobilenetv2',
-    mobilenetv3='mobilenetv3', shufflenetv2='shufflenetv2', repvgg='repvgg', regnet='regnet', effnet='efficientnet', vit='vit')
+# %% ../../nbs/13_weights.ipynb #1bdb2b8b
+_same = 'resnet resnest osnet mobilenetv2 mobilenetv3 shufflenetv2 repvgg regnet vit'.split()
+_builders = {o:o for o in _same}|dict(resnext='resnet', effnet='efficientnet')
 
 def _parent_config(cfg, path, seen):
     "What the `_BASE_` of a config says"
@@ -181,10 +186,11 @@ def _parent_config(cfg, path, seen):
     if parent in (*seen, path.resolve()): raise ValueError(f'{path} builds on itself')
     if parent.is_file(): return read_config(parent, (*seen, path.resolve()))
     known = _base_configs.get(parent.stem.lower())
-    if known is None: raise ValueError(f'{path} builds on {name}, which is not there: put it there, or give the full config')
+    if known is None: raise ValueError(f'{path} builds on {name[:99]}, which is not there: put it there, '
+        'or give the full config')
     return dict(known, last_stride=1, default=True)
 
-# %% ../../nbs/13_weights.ipynb #771c3024
+# %% ../../nbs/13_weights.ipynb #0429800e
 def read_config(
     path:str|Path, # fast-reid's config.yaml
     seen:tuple=(), # Configs that led to this one
@@ -204,7 +210,7 @@ def read_config(
         network=_builders.get(name), ibn=_word(back, 'WITH_IBN', path), se=_word(back, 'WITH_SE', path))
     return base|pixels|{k:v for k,v in found.items() if v is not None}
 
-# %% ../../nbs/13_weights.ipynb #ea7932e1
+# %% ../../nbs/13_weights.ipynb #76a7b023
 def check_config(
     cfg:dict, # As `read_config` gives it
     net:Call, # What builds the backbone
@@ -217,7 +223,7 @@ def check_config(
     if off: raise ValueError(f'the config beside {path} is of another model: {"; ".join(off)}. '
         'Give the right one as `config`, or config={} for none')
 
-# %% ../../nbs/13_weights.ipynb #89a5fa86
+# %% ../../nbs/13_weights.ipynb #5ababf6a
 def _few(names): return ', '.join(names[:4])+(f' and {len(names)-4} more' if len(names)>4 else '')
 
 @dataclass
@@ -239,7 +245,7 @@ class WeightsOrigin:
         lines += [f'assumed: {o}' for o in self.assumed]
         return '\n'.join([*lines, *(f'left out: {_few(names)} ({why})' for why,names in by_reason.items())])
 
-# %% ../../nbs/13_weights.ipynb #a9bb699f
+# %% ../../nbs/13_weights.ipynb #db123477
 @dataclass
 class Guess:
     "The usual value of a setting"
@@ -251,7 +257,8 @@ _signs = dict(p=r'(^|\.)pool(_layer)?\.(0\.)?p$|_pool\.0\.p$', nl=r'NL_2\.', vit
 def _usual_size(project, has, sbs):
     "Height and width"
     old_sbs = sbs and project=='fastreid A' and not has['mgn']
-    why = 'AGW of that time has the same entries and 256×128' if old_sbs else 'the file does not know its images; vehicles have 256×256'
+    why = 'the file does not know its images; vehicles have 256×256'
+    if old_sbs: why = 'AGW of that time has the same entries and 256×128'
     return Guess((384,128) if sbs else (256,128), why)
 
 def _usual_pool(has, fast):
@@ -260,7 +267,7 @@ def _usual_pool(has, fast):
     if has['vit']: return Guess('avgpool')
     return Guess('gempool' if fast and has['nl'] else 'avgpool', 'a fixed pooling leaves no trace' if fast else '')
 
-# %% ../../nbs/13_weights.ipynb #c5493e61
+# %% ../../nbs/13_weights.ipynb #8d5c1f9a
 def usual_settings(
     project:str, # As `project_of` says
     state:dict, # Name to tensor
@@ -271,8 +278,8 @@ def usual_settings(
     sbs = fast and (has['mgn'] or has['p'] and (project!='fastreid A' or has['nl']))
     half = project=='transreid' or fast and has['vit']
     stride = 2 if project=='torchreid' and 'fc.0.weight' not in state else 1
-    res = dict(size=_usual_size(project, has, sbs), last_stride=Guess(stride, 'strides leave no trace'), pool=_usual_pool(has, fast),
-        cosine=Guess(sbs, 'only the classifier knows' if fast else ''),
+    res = dict(size=_usual_size(project, has, sbs), last_stride=Guess(stride, 'strides leave no trace'),
+        pool=_usual_pool(has, fast), cosine=Guess(sbs, 'only the classifier knows' if fast else ''),
         resample=Guess('bicubic' if fast else 'bilinear', 'as its project resizes'))
     for k,usual in dict(mean=Preproc.mean, std=Preproc.std).items():
         told = state.get(f'pixel_{k}')
@@ -280,7 +287,7 @@ def usual_settings(
         if told is not None: res[k] = Guess(unit_range(told.flatten().tolist()))
     return res
 
-# %% ../../nbs/13_weights.ipynb #c77b499c
+# %% ../../nbs/13_weights.ipynb #e2fd64d8
 def _settle_one(k, guess, given, cfg):
     "Value of a setting, and who said it: 'caller', 'config' or 'guess'"
     in_file = k in ('mean','std') and not guess.why
@@ -311,7 +318,7 @@ def _check_norm(mean, std):
     ok = len(mean)==len(std)==3 and all(0<=o<=1 for o in mean) and all(0<o<=1 for o in std)
     if not ok: raise ValueError(f'mean={mean}, std={std}: expected three values each, in the [0,1] space of the images')
 
-# %% ../../nbs/13_weights.ipynb #251dd57e
+# %% ../../nbs/13_weights.ipynb #5d7b8f66
 def era_options(
     project:str, # As `project_of` says
     net:Call, # What builds the backbone
@@ -322,13 +329,14 @@ def era_options(
     fast = project.startswith('fastreid ')
     old = project=='fastreid A' or net.kw.get('nl_width')=='half'
     ceil = fast and not old and net.name=='resnet' and 'groups' not in net.kw
-    usual = dict(stem_pool='ceil' if ceil else 'pad', dilation=not old, stem_relu=project!='bagtricks' or 'ibn' in net.kw)
+    relu = project!='bagtricks' or 'ibn' in net.kw
+    usual = dict(stem_pool='ceil' if ceil else 'pad', dilation=not old, stem_relu=relu)
     usual = {k:v for k,v in usual.items() if k in net.options}
     def guessed(k): return given.get(k) is None and (project=='bagtricks' if k=='stem_relu' else fast)
     origin.assumed += [f'{k}={v!r} (usual for it)' for k,v in usual.items() if guessed(k)]
     return {k:v if given.get(k) is None else given[k] for k,v in usual.items()}
 
-# %% ../../nbs/13_weights.ipynb #7c8963aa
+# %% ../../nbs/13_weights.ipynb #fe7e8eca
 _usual_sizes = [(256,128),(384,128),(256,256),(224,224),(384,384)]
 
 def grid_options(
@@ -359,10 +367,11 @@ def vit_options(
     fixed = given.get('size') or given['options'].get('img_size')
     sizes = [size] if fixed else [size, *_usual_sizes]
     size,found = grid_options(n_tokens-1, size, sizes, [step] if step else range(16, 7, -1), origin.path)
-    origin.assumed.append(f'size={size} and a step of {found} pixels between patches (they fit the {n_tokens-1} positions)')
+    origin.assumed.append(f'size={size} and a step of {found} pixels between patches (they fit the {n_tokens-1} '
+        'positions)')
     return dict(img_size=size, stride=found)
 
-# %% ../../nbs/13_weights.ipynb #b058c2e0
+# %% ../../nbs/13_weights.ipynb #e67dbd19
 def side_options(
     n_rows:int, # Rows of side information in the file
     given:dict, # What the caller wants
@@ -371,8 +380,8 @@ def side_options(
     "Cameras and viewpoints of a transformer with side information"
     cams,views = (given['options'].get(k) for k in ('n_cams','n_views'))
     if cams is None and views is None:
-        origin.assumed.append(f'{n_rows} rows of side information, one per camera counted from 0 (cameras × viewpoints need '
-            'options=dict(n_cams=…, n_views=…))')
+        origin.assumed.append(f'{n_rows} rows of side information, one per camera counted from 0 '
+            '(cameras × viewpoints need options=dict(n_cams=…, n_views=…))')
         return dict(n_cams=n_rows, n_views=0),True
     if cams is None: cams = n_rows//max(views, 1) if n_rows!=views else 0
     kw = dict(n_cams=cams, n_views=views or 0)
@@ -383,5 +392,6 @@ def side_options(
 def _other_rows(n_rows, cams, views):
     "Why rows of side information were left out"
     if not cams and not views: return f'{n_rows} rows of side information, which n_cams=0 leaves out'
-    more = f'; with n_views={n_rows//cams} they would be those of {cams} cameras' if cams and not views and n_rows%cams==0 else ''
-    return f'{n_rows} rows of side information, of other cameras{more}. The new rows are untrained'
+    even = cams and not views and n_rows%cams==0
+    hint = f' (those of {cams} cameras with n_views={n_rows//cams}?)' if even else ''
+    return f'{n_rows} rows of side information, of other cameras{hint}; the new rows are untrained'

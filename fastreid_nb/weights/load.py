@@ -7,13 +7,14 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/weights.load.html.md"""
 # %% auto #0
 __all__ = ['load_pretrained']
 
-# %% ../../nbs/13a_weights.load.ipynb #0cb30314
+# %% ../../nbs/13a_weights.load.ipynb #498a93cd
 import inspect, re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 import torch
+from torch import nn
 from ..data.files import check_choice
 from ..backbone.weights import bare_names, body_of, fill_network, leftover, project_of, read_weights
 from ..backbone.timmnets import TimmBackbone, timm_backbone, timm_name
@@ -22,10 +23,10 @@ from ..heads.model import ReIDModel, reid_model
 from ..heads.parts import detect_mgn
 from ..heads.transreid import detect_transreid
 from ..train.checkpoint import is_ours, load_reid
-from .core import (Call, WeightsOrigin, check_config, detect_backbone, era_options, our_head, pool_names, read_config,
-    settle, show_piece, side_options, usual_settings, vit_options)
+from .core import (Call, WeightsOrigin, check_config, detect_backbone, era_options, our_head, pool_names,
+    read_config, settle, side_options, usual_settings, vit_options)
 
-# %% ../../nbs/13a_weights.load.ipynb #fa1e19ce
+# %% ../../nbs/13a_weights.load.ipynb #554188f7
 _bare = 'imagenet','timm','another project' # Files whose head, if there is one, is left out
 
 def split_state(
@@ -46,7 +47,7 @@ def is_known(
     try: return bool(detect_backbone(split_state(state, project_of(state))[0]))
     except ValueError: return False
 
-# %% ../../nbs/13a_weights.load.ipynb #0f0bfb36
+# %% ../../nbs/13a_weights.load.ipynb #8489188f
 def find_head(
     state:dict, # Entries of the head, under our names
     cosine:bool, # Logits as cosines?
@@ -61,7 +62,7 @@ def find_head(
     act = None if not norm else 'leaky' if project=='fastreid A' else 'relu'
     return partial(ReductionHead, n_emb=len(reduce), neck=neck, cosine=cosine, bias=bias, norm=norm, act=act),n_pids
 
-# %% ../../nbs/13a_weights.load.ipynb #459c7a30
+# %% ../../nbs/13a_weights.load.ipynb #03021776
 @dataclass
 class Spec:
     "What to build, and what to fill it with"
@@ -79,10 +80,10 @@ class Spec:
 
     def call(self):
         "The whole call"
-        if self.whole is None: return Call(reid_model, dict(backbone=self.net.partial(), n_pids=self.n_pids, pool=self.pool,
-            head=self.head, test_on=self.test_on))
-        own = {} if self.whole is self.net else dict(backbone=self.net.partial())
-        return Call(self.whole.fn, self.whole.kw|own|dict(n_pids=self.n_pids))
+        kw = dict(n_pids=self.n_pids)
+        if self.whole is not self.net: kw = dict(backbone=self.net.partial())|kw
+        if self.whole is not None: return Call(self.whole.fn, self.whole.kw|kw)
+        return Call(reid_model, kw|dict(pool=self.pool, head=self.head, test_on=self.test_on))
 
     def build(self):
         "The model, untrained"
@@ -96,7 +97,7 @@ class Spec:
         model.preproc = replace(model.preproc, **self.images|{k:v for k,v in told.items() if k not in self.given})
         return model
 
-# %% ../../nbs/13a_weights.load.ipynb #d9953768
+# %% ../../nbs/13a_weights.load.ipynb #f636cae4
 def find_pool(
     pool:str|Callable, # fast-reid's name, or a function that makes one
 )->Callable: # Function that makes one
@@ -131,13 +132,14 @@ def _add_vit(net, state, prefix, given, settings, origin):
     net.add(**{k:v for k,v in options.items() if v or k in net.kw})
     if not fits: del state[f'{prefix}sie_embed']
 
-# %% ../../nbs/13a_weights.load.ipynb #e9952980
-def _spec_plain(state, cfg, given, settings, origin):
-    "Backbone, pooling and head in a row"
-    body,rest = split_state(state, origin.source)
-    if origin.source=='another project':
-        origin.dropped |= {k:'head of another project' for k in rest}
-        rest = {}
+# %% ../../nbs/13a_weights.load.ipynb #839dba06
+def _pool(given, settings, origin):
+    "A pooling; that of a bare backbone is this library's choice, which depends on its map"
+    if origin.source not in _bare or given['pool'] is not None: return find_pool(settings['pool'])
+    origin.assumed.append("pool: this library's choice (a classifier of ImageNet wants the mean)")
+
+def _body_spec(body, cfg, given, settings, origin):
+    "The call that builds the backbone, and its state; strides that leave no trace are assumed"
     if given['backbone']: net,strided = Call.of(given['backbone']),False
     else:
         make,body,strided = detect_backbone(body)
@@ -146,18 +148,27 @@ def _spec_plain(state, cfg, given, settings, origin):
         net.add(**era_options(origin.source, net, given, origin))
         if strided: net.add(last_stride=settings['last_stride'])
         if 'pos_embed' in body: _add_vit(net, body, '', given, settings, origin)
-    if origin.source=='torchreid' and not rest: origin.assumed.append('no layer behind the pooling (the file has none)')
     if not strided: origin.assumed = [o for o in origin.assumed if not o.startswith('last_stride')]
+    return net,body
+
+def _spec_plain(state, cfg, given, settings, origin):
+    "Backbone, pooling and head in a row"
+    body,rest = split_state(state, origin.source)
+    if origin.source=='another project':
+        origin.dropped |= {k:'head of another project' for k in rest}
+        rest = {}
+    net,body = _body_spec(body, cfg, given, settings, origin)
+    if origin.source=='torchreid' and not rest: origin.assumed.append('no layer behind the pooling (the file has none)')
     rest = our_head(rest)
     head,n_pids = find_head(rest, settings['cosine'], origin.source)
-    ready = origin.source in _bare and given['pool'] is None
-    res = Spec(net, {f'backbone.{k}':v for k,v in body.items()}|rest, None, None if ready else find_pool(settings['pool']), head, n_pids)
+    whole_state = {f'backbone.{k}':v for k,v in body.items()}|rest
+    res = Spec(net, whole_state, pool=_pool(given, settings, origin), head=head, n_pids=n_pids)
     if origin.source=='transreid':
         res.test_on = 'feat'
         origin.assumed.append('test_on=feat (what TransReID searches with)')
     return res
 
-# %% ../../nbs/13a_weights.load.ipynb #b680dfd4
+# %% ../../nbs/13a_weights.load.ipynb #8ef6d1d0
 _fields = 'size','resample','mean','std'
 
 def find_spec(
@@ -186,7 +197,7 @@ def _add_options(spec, given):
     if given['size'] and 'img_size' in spec.net.options: spec.net.kw.setdefault('img_size', tuple(given['size']))
     if given['n_pids'] is not None: spec.n_pids,spec.keep_rows = given['n_pids'],False
 
-# %% ../../nbs/13a_weights.load.ipynb #28513ac4
+# %% ../../nbs/13a_weights.load.ipynb #9c2c4bfd
 _reasons = {r'(heads\.)?classifier(_\d)?\.bias':'our classifiers have no bias',
     r'backbone\.(fc|head|head_dist|classifier|linear|last_linear|output)\..*':'classifier of ImageNet',
     r'(head\.)(.*\.)?classifier\.weight':'classifier of other identities'}
@@ -216,7 +227,7 @@ def leave_out(
         origin.dropped[name.removeprefix('backbone.').removeprefix('net.') if theirs else k] = why
         del spec.state[k]
 
-# %% ../../nbs/13a_weights.load.ipynb #264e8575
+# %% ../../nbs/13a_weights.load.ipynb #c03d6d06
 def _adapted(state, net):
     "The state with the backbone's entries in the form that the backbone wants"
     body = {k.removeprefix('backbone.'):v for k,v in state.items() if k.startswith('backbone.')}
@@ -225,9 +236,10 @@ def _adapted(state, net):
 
 def _may_be_new(model, spec, origin):
     "Beginnings of names that the model may have and the file not"
-    own = model.state_dict()
-    new = [] if any(k.endswith('classifier.weight') for k in spec.state) else [k for k in own if k.endswith('classifier.weight')]
-    new += [k for k in own if k.endswith('pool.p') and k not in dict(model.named_parameters())]
+    own,learned = model.state_dict(),dict(model.named_parameters())
+    new = [k for k in own if k.endswith('pool.p') and k not in learned]
+    def rows(names): return [k for k in names if k.endswith('classifier.weight')]
+    if not rows(spec.state): new += rows(own)
     if 'sie_embed' in origin.dropped: new.append('backbone.sie_embed')
     return tuple(new)+(('head.','pool.') if origin.source in _bare else ())
 
@@ -245,11 +257,12 @@ def build_model(
     with torch.no_grad(): model.eval()(torch.zeros(1, model.mean.shape[1], *model.preproc.size))
     return model.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/13a_weights.load.ipynb #5cac18f8
+# %% ../../nbs/13a_weights.load.ipynb #7bae45c9
 def _ours(file, given):
     "A checkpoint of ours, which needs no help"
     wrong = [k for k,v in given.items() if v is not None and v!={}]
-    if wrong: raise ValueError(f'{file.path} was written by save_reid and knows all about itself: {wrong} cannot be given for it')
+    if wrong: raise ValueError(f'{file.path} was written by save_reid and knows all about itself: '
+        f'{wrong} cannot be given for it')
     model = load_reid(file.path)
     model.origin = WeightsOrigin(str(file.path), 'fastreid_nb', f'version {file.content.get("version")}')
     return model
@@ -274,27 +287,29 @@ def _fits(backbone):
 
 def _is_timm(backbone):
     "Does a function make a backbone of timm?"
-    return backbone is not None and inspect.signature(getattr(backbone, 'func', backbone)).return_annotation is TimmBackbone
+    if backbone is None: return False
+    return inspect.signature(getattr(backbone, 'func', backbone)).return_annotation is TimmBackbone
 
 def _foreign(file, given):
     "A model of a file that knows only its weights"
-    if file.project=='fastreid_nb' and any(k.startswith(('head.branches','head.heads')) for k in file.state): raise ValueError(
-        f'{file.path} is the state of a part model, which does not say how it was built: keep models with save_reid, '
-        'or build it and call fill_network(model, state)')
+    parts = file.project=='fastreid_nb' and any(k.startswith(('head.branches','head.heads')) for k in file.state)
+    if parts: raise ValueError(f'{file.path} is the state of a part model, which does not say how it was built: '
+        'keep models with save_reid, or build it and call fill_network(model, state)')
     cfg,name = _config(given.pop('config'), file.path)
     ignore = given.pop('ignore')
     project = 'timm' if _is_timm(given['backbone']) and file.project in ('imagenet','torchreid') else file.project
     origin = WeightsOrigin(str(file.path), project, config=name, said=file.said, dropped=file.dropped)
     spec = find_spec(file.state, cfg, given, origin)
     model = build_model(spec, file.names, ignore, origin)
-    if origin.source=='imagenet' and not origin.dropped: origin.assumed.append('weights of ImageNet (no classifier would tell)')
+    bare = origin.source=='imagenet' and not origin.dropped
+    if bare: origin.assumed.append('weights of ImageNet (the file has no classifier that would tell)')
     model.origin,origin.made = origin,repr(spec.call())
     return model
 
-# %% ../../nbs/13a_weights.load.ipynb #81b65c4a
+# %% ../../nbs/13a_weights.load.ipynb #5cd77112
 def load_pretrained(
     path:str|Path, # File of weights, as its authors published it
-    config:str|Path|dict=None, # fast-reid's config.yaml, or what `read_config` gives; by default the one beside the file, {} for none
+    config:str|Path|dict=None, # Config of fast-reid, or what `read_config` gives; None: that beside the file; {}: none
     backbone:str|Callable=None, # Function or 'timm/NAME' that gives the backbone, if it is none that is recognised
     n_pids:int=None, # Identities of a new classifier in place of the file's; 0 for none
     size:tuple=None, # (height, width) of its images, pixels
@@ -307,16 +322,18 @@ def load_pretrained(
     dilation:bool=None, # Dilated last stage, in a ResNeSt?
     resample:str=None, # How its images are resized: 'bicubic' or 'bilinear'
     options:dict=None, # Further options of the network, such as `stride`, `n_cams` and `n_views` of a transformer
-    entry:str='', # Which of several dictionaries in the file, or the beginning of its names, if it holds several networks
+    entry:str='', # Which of several networks in the file: a dictionary in it, or the beginning of the names
     ignore:tuple=(), # Beginnings of names in the file that are left out
     verbose:bool=True, # Print `origin`?
 )->ReIDModel: # In evaluation mode; `origin` says what was assumed
-    "A published network, ready to embed, evaluate or train on: FastReID, BagTricks, TransReID, torchreid, timm, ImageNet, or ours"
-    given = dict(size=size, last_stride=last_stride, pool=pool, mean=mean, std=std, cosine=cosine, stem_pool=stem_pool, dilation=dilation,
-        resample=resample, backbone=partial(timm_backbone, timm_name(backbone)) if isinstance(backbone, str) else backbone, n_pids=n_pids,
-        options=options or {})
-    file = read_weights(path, entry, _fits(given['backbone']))
+    "A published network, ready to use: FastReID, BagTricks, TransReID, torchreid, timm, ImageNet, or ours"
+    if isinstance(backbone, str): backbone = partial(timm_backbone, timm_name(backbone))
+    if isinstance(backbone, nn.Module): raise ValueError('backbone is a network: give the function that makes it')
+    given = dict(size=size, last_stride=last_stride, pool=pool, mean=mean, std=std, cosine=cosine, n_pids=n_pids,
+        stem_pool=stem_pool, dilation=dilation, resample=resample, backbone=backbone, options=options or {})
+    file = read_weights(path, entry, _fits(backbone))
     if is_ours(file.content): return _ours(file, given)
-    model = _foreign(file, given|dict(config=config, ignore=(ignore,) if isinstance(ignore, str) else ignore))
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    model = _foreign(file, given|dict(config=config, ignore=ignore))
     if verbose: print(model.origin)
     return model
