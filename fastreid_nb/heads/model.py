@@ -25,8 +25,9 @@ from .core import BNNeckHead, ReIDOut
 # %% ../../nbs/04a_heads.model.ipynb #e93532ed
 def backbone_preproc(net):
     "How images are read for a backbone: as its `mean`, `std` and `img_size` say, else as `Preproc` has it"
-    said = dict(size=getattr(net, 'img_size', None), mean=getattr(net, 'mean', None), std=getattr(net, 'std', None))
-    return Preproc(**{k:tuple(v) for k,v in said.items() if v is not None})
+    said = dict(size=getattr(net, 'img_size', None), resample=getattr(net, 'resample', None), mean=getattr(net, 'mean', None),
+        std=getattr(net, 'std', None))
+    return Preproc(**{k:v for k,v in said.items() if v is not None})
 
 # %% ../../nbs/04a_heads.model.ipynb #15844f66
 class ReIDModel(nn.Module):
