@@ -216,7 +216,7 @@ def test_recipe_round_trip(kw):
     with torch.no_grad(): assert torch.equal(twin(x), model(x))
     assert twin.recipe==model.recipe and 'mean' not in model.state_dict()
 
-@pytest.mark.parametrize('fn', ['fastreid_nb.toy.toy_reid','fastreid_nb.losses.smooth_cross_entropy','reid_dls'])
+@pytest.mark.parametrize('fn', ['fastreid_nb.toy.toy_reid','fastreid_nb.losses.smooth_cross_entropy','fastreid_nb.data.from_csv'])
 def test_recipe_calls_only_what_makes_networks(fn):
     recipe = reid_model(resnet18, 3).recipe
     for bad in (dict(recipe, backbone=dict(fn=fn, kw={})), dict(model=dict(fn=fn, kw={}))):
