@@ -285,3 +285,11 @@ def test_an_ensemble_is_trained(dls):
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(1, freeze_iters=1)
     body,rest = learn.splitter(learn.model)
     assert len(body)+len(rest)==len(list(learn.model.parameters())) and all(p.requires_grad for p in body)
+
+def test_model_moves_before_the_optimiser_is_made(dls, monkeypatch):
+    "Only then can the optimiser see that its parameters are on a GPU"
+    seen = []
+    monkeypatch.setattr(dls, 'device', torch.device('meta'))
+    learn = reid_learner(dls, resnet18, opt_func=lambda params, **kwargs: seen.append({p.device.type for o in params for p in o}), dtype=torch.float32)
+    learn.create_opt()
+    assert seen==[{'meta'}]

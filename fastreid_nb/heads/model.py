@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..data.files import check_choice
+from ..data.files import check_choice, later
 from ..data.preproc import Preproc
 from ..backbone.resnet import as_ours, resnet50
 from ..backbone.timmnets import timm_backbone, timm_name
@@ -159,13 +159,18 @@ def _plain(o):
 
 _unwritten = ('pretrained','preproc')
 
+def _name(fn):
+    "Public name of a function of this library, the full path of any other"
+    name = fn.__qualname__
+    if not fn.__module__.startswith('fastreid_nb.'): return f'{fn.__module__}.{name}'
+    if later(name) is not fn: raise TypeError
+    return name
+
 def _call(piece):
     piece = as_ours(piece)
     fn,args,kw = (piece.func,piece.args,piece.keywords) if isinstance(piece, partial) else (piece,(),{})
     if args: kw = {**dict(zip(inspect.signature(fn).parameters, args)), **kw}
-    ours = fn.__module__.startswith('fastreid_nb.')
-    name = fn.__qualname__ if ours else f'{fn.__module__}.{fn.__qualname__}'
-    return dict(fn=name, kw={k:_plain(v) for k,v in kw.items() if k not in _unwritten})
+    return dict(fn=_name(fn), kw={k:_plain(v) for k,v in kw.items() if k not in _unwritten})
 
 def _describe(piece):
     try: return None if isinstance(piece, nn.Module) else _call(piece)

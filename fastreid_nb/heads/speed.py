@@ -189,7 +189,7 @@ def _tell(best, times, n, device):
     how = f'{best.speed}{", compiled" if best.compiled else ""}'
     print(f'Inference in {how}: {n/min(times[best]):.0f} images/s on this {device.type}, {ratio:.1f} × float32, channels last (measured).')
 
-# %% ../../nbs/04i_heads.speed.ipynb #e15a4196
+# %% ../../nbs/04i_heads.speed.ipynb #690b0a71
 def fastest_model(
     model:nn.Module, # (B,3,H,W) float in [0,1] to (B,D); it is left as it is
     xb:torch.Tensor, # A batch of the size to be used later, (B,3,H,W), on the device of the model
@@ -201,7 +201,7 @@ def fastest_model(
     x,device = (plain_tensor(xb), *cams),xb.device
     def measure(models): return time_in_turn({o:partial(o, *x) for o in models}, device, budget)
     with torch.inference_mode():
-        ways = _ways(getattr(model, '_orig_mod', model).eval(), device)
+        ways = _ways(getattr(model, '_orig_mod', model), device)
         want = ways[0](*x)
         times = measure([ways[0], *(o for o in ways[1:] if _agrees(o, x, want))])
         best = quickest(times, .02)
