@@ -60,12 +60,9 @@ def test_whole_files_of_timm(name, tmp_path):
     assert {f'{o}.{p}' for o in classifiers for p in ('weight','bias')}==set(model.origin.dropped)
     assert set(model.origin.dropped.values())=={'classifier of ImageNet'}
     assert (model.preproc.resample, model.preproc.mean, model.preproc.std)==(cfg['interpolation'], tuple(cfg['mean']), tuple(cfg['std']))
-    x = torch.rand(1, 3, *model.preproc.size)
-    with torch.no_grad():
-        if model.preproc.size==(224,224) or 'vit' not in name and 'deit' not in name:
-            torch.testing.assert_close(model.fmap(x).flatten()[:9], model.backbone.to(x.dtype)((x-model.mean)/model.std).flatten()[:9])
-    assert torch.equal(model.backbone.net.state_dict()[list(theirs.state_dict())[-3]] if list(theirs.state_dict())[-3] in model.backbone.net.state_dict() else torch.ones(1),
-        theirs.state_dict()[list(theirs.state_dict())[-3]] if list(theirs.state_dict())[-3] in model.backbone.net.state_dict() else torch.ones(1))
+    assert not any(o.startswith(('size=','mean=','std=','resample=')) for o in model.origin.assumed)
+    own,want = model.backbone.net.state_dict(),theirs.state_dict()
+    assert all(torch.equal(v, want[k]) for k,v in own.items() if own[k].shape==want[k].shape)
 
 def test_old_swin_of_timm(tmp_path):
     "Before 2023 the classifier was `head`, and the patch merging stood one stage earlier"

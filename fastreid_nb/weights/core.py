@@ -367,6 +367,7 @@ def vit_options(
     fixed = given.get('size') or given['options'].get('img_size')
     sizes = [size] if fixed else [size, *_usual_sizes]
     size,found = grid_options(n_tokens-1, size, sizes, [step] if step else range(16, 7, -1), origin.path)
+    origin.assumed = [o for o in origin.assumed if not o.startswith('size=')]
     origin.assumed.append(f'size={size} and a step of {found} pixels between patches (they fit the {n_tokens-1} '
         'positions)')
     return dict(img_size=size, stride=found)

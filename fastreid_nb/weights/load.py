@@ -85,12 +85,15 @@ class Spec:
         if self.whole is not None: return Call(self.whole.fn, self.whole.kw|kw)
         return Call(reid_model, kw|dict(pool=self.pool, head=self.head, test_on=self.test_on))
 
+    def told(self, net):
+        "What a backbone says itself about its images"
+        names = dict(size='img_size')|(dict(mean='mean', std='std', resample='resample') if self.own else {})
+        return {k:getattr(net, name) for k,name in names.items() if getattr(net, name, None) is not None}
+
     def build(self):
         "The model, untrained"
         model = self.call().partial()()
-        told = dict(size=getattr(model.backbone, 'img_size', None))
-        if self.own: told |= {k:getattr(model.backbone, k, None) for k in ('mean','std','resample')}
-        told = {k:v for k,v in told.items() if v is not None}
+        told = self.told(model.backbone)
         size = tuple(told.get('size', self.images['size']))
         if 'size' in self.given and size!=tuple(self.images['size']): raise ValueError(
             f'size={self.images["size"]}, but {self.net.name} sees images of {size}: give the same size twice, or once')
@@ -251,6 +254,8 @@ def build_model(
 )->ReIDModel: # In evaluation mode
     "Build, fill and try a model"
     model = spec.build()
+    known = tuple(f'{k}=' for k in spec.told(model.backbone)) if spec.own else ()
+    origin.assumed = [o for o in origin.assumed if not o.startswith(known)]
     if hasattr(model.backbone, 'adapt'): spec.state = _adapted(spec.state, model.backbone)
     leave_out(spec, model, names, ignore, origin)
     fill_network(model, spec.state, origin.path, (), _may_be_new(model, spec, origin), names)
