@@ -11,7 +11,6 @@ __all__ = ['load_backbone']
 import re, reprlib, socket
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -28,18 +27,13 @@ _not_it = """what came from {url} is not the file that its name promises ({error
 by its authors. Try again, or get it with a browser and put it at {dst}"""
 _patience = 30 # Seconds without an answer
 
-@contextmanager
-def _impatient():
-    "New connections give up after `_patience` seconds of silence"
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_patience)
-    try: yield
-    finally: socket.setdefaulttimeout(before)
-
 def _fetch(url, dst, checksum):
     "Download `url` to `dst`; a web page in its place is an error"
     dst.parent.mkdir(parents=True, exist_ok=True)
-    with _impatient(): torch.hub.download_url_to_file(url, str(dst), hash_prefix=checksum)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_patience)   # new connections give up after so long a silence
+    try: torch.hub.download_url_to_file(url, str(dst), hash_prefix=checksum)
+    finally: socket.setdefaulttimeout(before)
     if checksum or not dst.exists(): return
     if kind := other_kind(dst):
         dst.unlink()
@@ -129,6 +123,7 @@ def _check_state(o, source):
 # %% ../../nbs/02a_backbone.weights.ipynb #f543d2fa
 _leftovers = {r'(.*[._])?(queue|memory)(_\w+)?(\..*)?':'memory of its training',
     r'(.*\.)?n_averaged':'a count of its training',
+    r'(.*\.)?(projection_head|projector|prototypes|predictor)(\..*)?':'head of its training',
     r'(.*\.)?(\w*(criterion|loss)\w*|margin\w*|centers|proxies)(\..*)?':'part of a loss'}
 
 def leftover(
@@ -191,11 +186,15 @@ def peelings(
 def unprefixed(
     state:dict, # Name to tensor
     fits:Callable=None, # Is this a state of a network that is known?
+    source:str|Path='the state', # Where it comes from, for the error
 )->Peeled: # The first that fits; if none does, without the usual wrappers of training programs
     "Find the network in a state"
     first = Peeled(state)
     if fits:
         found = [o for o in peelings(first) if fits(o.state)]
+        level = [o.prefix for o in found if o.prefix.count('.')==found[0].prefix.count('.')]
+        if len(level)>1: raise ValueError(f'{source} holds several networks, whose names begin with {", ".join(level)}: '
+            f'entry={level[0][:-1]!r} takes the first')
         if found: return found[0]
     return peelings(first, _wrappers)[-1]
 
@@ -296,7 +295,7 @@ def read_weights(
     if not found: raise ValueError(_nothing_in(o, path))
     where,state = _entry(found, entry, path) if entry else (k := choose_state(found), found[k])
     others = [k for k in found if k!=where]
-    said,peeled = [],unprefixed(state, fits)
+    said,peeled = [],unprefixed(state, fits, path)
     if others and not entry: said.append(f'weights of the entry {where} (`entry` chooses another: {", ".join(others)})')
     if peeled.prefix: said.append(f'{peeled.prefix} removed from the names')
     names = {id(v):k for k,v in state.items()}
@@ -335,8 +334,9 @@ def _hint(missing, extra):
 def _odd_types(own, state):
     "Entries whose numbers are of another kind than the network's"
     floats = [k for k,v in own.items() if v.is_floating_point() and k in state]
-    odd = {k:state[k] for k in floats if not state[k].is_floating_point() or state[k].is_meta or state[k].itemsize<2}
-    return [f'{k}: {str(v.dtype).removeprefix("torch.")}' for k,v in odd.items()]
+    def plain(v): return v.is_floating_point() and v.itemsize>1 and v.layout==torch.strided and not v.is_meta
+    odd = {k:state[k] for k in floats if not plain(state[k])}
+    return [f'{k}: {v.dtype}, {v.layout}'.replace('torch.', '') for k,v in odd.items()]
 
 def _compare(own, state, ignore, new):
     "Names that the file lacks, names that the network lacks, and shapes that differ"

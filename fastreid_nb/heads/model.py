@@ -24,7 +24,7 @@ from .core import BNNeckHead, ReIDOut
 
 # %% ../../nbs/04a_heads.model.ipynb #e93532ed
 def backbone_preproc(net):
-    "How images are read for a backbone: as its `mean`, `std` and `img_size` say, else as `Preproc` has it"
+    "How images are read for a backbone: as its attributes say, else as `Preproc` has it"
     said = dict(size=getattr(net, 'img_size', None), resample=getattr(net, 'resample', None), mean=getattr(net, 'mean', None),
         std=getattr(net, 'std', None))
     return Preproc(**{k:v for k,v in said.items() if v is not None})
@@ -36,7 +36,7 @@ class ReIDModel(nn.Module):
         backbone:nn.Module, # (B,3,H,W) to (B,C,h,w)
         pool:nn.Module, # (B,C,h,w) to (B,C)
         head:nn.Module, # (B,C) to `ReIDOut`
-        preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
+        preproc:Preproc=None, # How images are read; by default as attributes of the backbone say
         test_on:str='emb', # What evaluation gives: 'emb', 'feat' before the neck, or 'logits' to classify
     ):
         super().__init__()
@@ -182,7 +182,7 @@ def reid_model(
     n_pids:int=0, # Number of training identities, 0 to search only
     pool:callable=None, # Gives a module (B,C,h,w) to (B,C); by default `GeM`, or `GlobalAvgPool` for a `signed_map`
     head:callable=BNNeckHead, # Takes (n_feat, n_pids) and gives a module (B,C) to `ReIDOut`, or such a module
-    preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
+    preproc:Preproc=None, # How images are read; by default as attributes of the backbone say
     test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'
 )->ReIDModel: # Untrained except for what `backbone` loads; `model.recipe` says how it was made
     "Put a model together from three pieces"

@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/weights.html.md"""
 # %% auto #0
 __all__ = ['read_config']
 
-# %% ../../nbs/13_weights.ipynb #34201eca
+# %% ../../nbs/13_weights.ipynb #bc2725fd
 import ast, inspect, math, re, reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from ..backbone.vit import detect_vit, patch_grid
 from ..pooling.core import AvgMaxPool, ClipAvgPool, GeM, GlobalAvgPool, GlobalMaxPool
 from ..pooling.parts import FlattenPool
 
-# %% ../../nbs/13_weights.ipynb #200a5a8d
+# %% ../../nbs/13_weights.ipynb #d958c529
 _head_names = {r'(?:heads\.)?pool(?:_layer)?\.p':'pool.p', r'heads\.bnneck\.(.*)':r'head.neck.\1',
     r'heads\.bottleneck\.conv\.weight':'head.reduce.weight', r'heads\.bottleneck\.(?:0|1)\.(.*)':r'head.neck.\1',
     r'heads\.weight|(?:heads\.)?classifier\.weight':'head.classifier.weight', r'bottleneck\.(.*)':r'head.neck.\1',
@@ -39,7 +39,7 @@ def our_head_name(
         if m := re.fullmatch(pattern, name): return m.expand(ours)
     return name
 
-# %% ../../nbs/13_weights.ipynb #1eb55f82
+# %% ../../nbs/13_weights.ipynb #a50eee14
 def our_head(
     state:dict, # Entries of a head
 )->dict: # The same under our names
@@ -52,7 +52,7 @@ def our_head(
         if old: state = {re.sub(r'^heads\.bottleneck\.1\.', 'head.post.0.', k):v for k,v in state.items()}
     return {our_head_name(k):v for k,v in state.items()}
 
-# %% ../../nbs/13_weights.ipynb #d139ae77
+# %% ../../nbs/13_weights.ipynb #a75d648b
 _detectors = {detect_resnet:True, detect_resnest:True, detect_osnet:False, detect_mobilenet:False,
     detect_shufflenet:False, detect_efficientnet:True, detect_regnet:True, detect_repvgg:True, detect_vit:False}
 
@@ -74,7 +74,7 @@ def detect_backbone(
     raise ValueError(f'unknown network, with entries such as {list(state)[:4]}: none of {families}, or not all of it. '
         "Give `backbone`: a function that builds it, or 'timm/NAME' for a network of timm")
 
-# %% ../../nbs/13_weights.ipynb #13aa576b
+# %% ../../nbs/13_weights.ipynb #90c0b85c
 @dataclass
 class Call:
     "A function and the arguments that it will be called with"
@@ -104,7 +104,7 @@ class Call:
     def partial(self): return partial(self.fn, **self.kw) if self.kw else self.fn
     def __repr__(self): return show_piece(self.partial())
 
-# %% ../../nbs/13_weights.ipynb #d84d91d2
+# %% ../../nbs/13_weights.ipynb #033a3118
 def show_piece(
     piece, # Function, `partial` of one, or any value
 )->str: # As one would write it; the first argument without its name
@@ -115,7 +115,7 @@ def show_piece(
     args = [show_piece(v) if k==names[0] else f'{k}={show_piece(v)}' for k,v in named.items()]
     return f'{piece.func.__name__}({", ".join(args)})'
 
-# %% ../../nbs/13_weights.ipynb #d807f67b
+# %% ../../nbs/13_weights.ipynb #a94668cd
 _strong = dict(pool='gempoolp', size=(384,128), cosine=True)
 _base_configs = {'base-bagtricks':dict(pool='avgpool', size=(256,128), cosine=False),
     'base-agw':dict(pool='gempool', size=(256,128), cosine=False), 'base-sbs':_strong, 'base-mgn':_strong}
@@ -127,7 +127,7 @@ pool_names = dict(avgpool=GlobalAvgPool, globalavgpool=GlobalAvgPool, fastavgpoo
     generalizedmeanpoolingp=GeM, avgmaxpool=AvgMaxPool, adaptiveavgmaxpool=AvgMaxPool,
     clipavgpool=ClipAvgPool, clipglobalavgpool=ClipAvgPool, identity=FlattenPool, flatten=FlattenPool)
 
-# %% ../../nbs/13_weights.ipynb #2a23d62b
+# %% ../../nbs/13_weights.ipynb #9a64f8b5
 _short = reprlib.Repr()
 _short.maxlevel,_short.maxstring,_short.maxother = 2,100,100
 
@@ -154,7 +154,7 @@ def _word(section, key, path):
     if o is None or isinstance(o, (str,bool,int,float)): return o
     raise ValueError(f'{path}: {key} is {_short.repr(o)}, expected a word or a number')
 
-# %% ../../nbs/13_weights.ipynb #164bad32
+# %% ../../nbs/13_weights.ipynb #2fcf600b
 def _literal(o):
     "A value that was written as text"
     if not isinstance(o, str) or len(o)>200: return o
@@ -175,7 +175,7 @@ def unit_range(
     "Values of pixels in the unit range"
     return [float(v)/(255 if max(vals)>1 else 1) for v in vals]
 
-# %% ../../nbs/13_weights.ipynb #1bdb2b8b
+# %% ../../nbs/13_weights.ipynb #11cc45c4
 _same = 'resnet resnest osnet mobilenetv2 mobilenetv3 shufflenetv2 repvgg regnet vit'.split()
 _builders = {o:o for o in _same}|dict(resnext='resnet', effnet='efficientnet')
 
@@ -190,7 +190,7 @@ def _parent_config(cfg, path, seen):
         'or give the full config')
     return dict(known, last_stride=1, default=True)
 
-# %% ../../nbs/13_weights.ipynb #0429800e
+# %% ../../nbs/13_weights.ipynb #3ce07742
 def read_config(
     path:str|Path, # fast-reid's config.yaml
     seen:tuple=(), # Configs that led to this one
@@ -210,7 +210,7 @@ def read_config(
         network=_builders.get(name), ibn=_word(back, 'WITH_IBN', path), se=_word(back, 'WITH_SE', path))
     return base|pixels|{k:v for k,v in found.items() if v is not None}
 
-# %% ../../nbs/13_weights.ipynb #76a7b023
+# %% ../../nbs/13_weights.ipynb #f642887e
 def check_config(
     cfg:dict, # As `read_config` gives it
     net:Call, # What builds the backbone
@@ -223,7 +223,7 @@ def check_config(
     if off: raise ValueError(f'the config beside {path} is of another model: {"; ".join(off)}. '
         'Give the right one as `config`, or config={} for none')
 
-# %% ../../nbs/13_weights.ipynb #5ababf6a
+# %% ../../nbs/13_weights.ipynb #961063a2
 def _few(names): return ', '.join(names[:4])+(f' and {len(names)-4} more' if len(names)>4 else '')
 
 @dataclass
@@ -245,7 +245,7 @@ class WeightsOrigin:
         lines += [f'assumed: {o}' for o in self.assumed]
         return '\n'.join([*lines, *(f'left out: {_few(names)} ({why})' for why,names in by_reason.items())])
 
-# %% ../../nbs/13_weights.ipynb #db123477
+# %% ../../nbs/13_weights.ipynb #85c37feb
 @dataclass
 class Guess:
     "The usual value of a setting"
@@ -267,7 +267,7 @@ def _usual_pool(has, fast):
     if has['vit']: return Guess('avgpool')
     return Guess('gempool' if fast and has['nl'] else 'avgpool', 'a fixed pooling leaves no trace' if fast else '')
 
-# %% ../../nbs/13_weights.ipynb #8d5c1f9a
+# %% ../../nbs/13_weights.ipynb #93ca0825
 def usual_settings(
     project:str, # As `project_of` says
     state:dict, # Name to tensor
@@ -287,7 +287,7 @@ def usual_settings(
         if told is not None: res[k] = Guess(unit_range(told.flatten().tolist()))
     return res
 
-# %% ../../nbs/13_weights.ipynb #e2fd64d8
+# %% ../../nbs/13_weights.ipynb #e195c4c8
 def _settle_one(k, guess, given, cfg):
     "Value of a setting, and who said it: 'caller', 'config' or 'guess'"
     in_file = k in ('mean','std') and not guess.why
@@ -318,7 +318,7 @@ def _check_norm(mean, std):
     ok = len(mean)==len(std)==3 and all(0<=o<=1 for o in mean) and all(0<o<=1 for o in std)
     if not ok: raise ValueError(f'mean={mean}, std={std}: expected three values each, in the [0,1] space of the images')
 
-# %% ../../nbs/13_weights.ipynb #5d7b8f66
+# %% ../../nbs/13_weights.ipynb #76cdc834
 def era_options(
     project:str, # As `project_of` says
     net:Call, # What builds the backbone
@@ -336,7 +336,7 @@ def era_options(
     origin.assumed += [f'{k}={v!r} (usual for it)' for k,v in usual.items() if guessed(k)]
     return {k:v if given.get(k) is None else given[k] for k,v in usual.items()}
 
-# %% ../../nbs/13_weights.ipynb #fe7e8eca
+# %% ../../nbs/13_weights.ipynb #58f85ef7
 _usual_sizes = [(256,128),(384,128),(256,256),(224,224),(384,384)]
 
 def grid_options(
@@ -367,11 +367,12 @@ def vit_options(
     fixed = given.get('size') or given['options'].get('img_size')
     sizes = [size] if fixed else [size, *_usual_sizes]
     size,found = grid_options(n_tokens-1, size, sizes, [step] if step else range(16, 7, -1), origin.path)
+    origin.assumed = [o for o in origin.assumed if not o.startswith('size=')]
     origin.assumed.append(f'size={size} and a step of {found} pixels between patches (they fit the {n_tokens-1} '
         'positions)')
     return dict(img_size=size, stride=found)
 
-# %% ../../nbs/13_weights.ipynb #e67dbd19
+# %% ../../nbs/13_weights.ipynb #500211f5
 def side_options(
     n_rows:int, # Rows of side information in the file
     given:dict, # What the caller wants

@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/weights.load.html.md"""
 # %% auto #0
 __all__ = ['load_pretrained']
 
-# %% ../../nbs/13a_weights.load.ipynb #498a93cd
+# %% ../../nbs/13a_weights.load.ipynb #16f849a0
 import inspect, re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ from ..train.checkpoint import is_ours, load_reid
 from .core import (Call, WeightsOrigin, check_config, detect_backbone, era_options, our_head, pool_names,
     read_config, settle, side_options, usual_settings, vit_options)
 
-# %% ../../nbs/13a_weights.load.ipynb #554188f7
+# %% ../../nbs/13a_weights.load.ipynb #c5c94ba4
 _bare = 'imagenet','timm','another project' # Files whose head, if there is one, is left out
 
 def split_state(
@@ -47,7 +47,7 @@ def is_known(
     try: return bool(detect_backbone(split_state(state, project_of(state))[0]))
     except ValueError: return False
 
-# %% ../../nbs/13a_weights.load.ipynb #8489188f
+# %% ../../nbs/13a_weights.load.ipynb #40f9ff54
 def find_head(
     state:dict, # Entries of the head, under our names
     cosine:bool, # Logits as cosines?
@@ -62,7 +62,7 @@ def find_head(
     act = None if not norm else 'leaky' if project=='fastreid A' else 'relu'
     return partial(ReductionHead, n_emb=len(reduce), neck=neck, cosine=cosine, bias=bias, norm=norm, act=act),n_pids
 
-# %% ../../nbs/13a_weights.load.ipynb #03021776
+# %% ../../nbs/13a_weights.load.ipynb #7dc214fd
 @dataclass
 class Spec:
     "What to build, and what to fill it with"
@@ -85,19 +85,22 @@ class Spec:
         if self.whole is not None: return Call(self.whole.fn, self.whole.kw|kw)
         return Call(reid_model, kw|dict(pool=self.pool, head=self.head, test_on=self.test_on))
 
+    def told(self, net):
+        "What a backbone says itself about its images"
+        names = dict(size='img_size')|(dict(mean='mean', std='std', resample='resample') if self.own else {})
+        return {k:getattr(net, name) for k,name in names.items() if getattr(net, name, None) is not None}
+
     def build(self):
         "The model, untrained"
         model = self.call().partial()()
-        told = dict(size=getattr(model.backbone, 'img_size', None))
-        if self.own: told |= {k:getattr(model.backbone, k, None) for k in ('mean','std','resample')}
-        told = {k:v for k,v in told.items() if v is not None}
+        told = self.told(model.backbone)
         size = tuple(told.get('size', self.images['size']))
         if 'size' in self.given and size!=tuple(self.images['size']): raise ValueError(
             f'size={self.images["size"]}, but {self.net.name} sees images of {size}: give the same size twice, or once')
         model.preproc = replace(model.preproc, **self.images|{k:v for k,v in told.items() if k not in self.given})
         return model
 
-# %% ../../nbs/13a_weights.load.ipynb #f636cae4
+# %% ../../nbs/13a_weights.load.ipynb #ed708bb4
 def find_pool(
     pool:str|Callable, # fast-reid's name, or a function that makes one
 )->Callable: # Function that makes one
@@ -132,7 +135,7 @@ def _add_vit(net, state, prefix, given, settings, origin):
     net.add(**{k:v for k,v in options.items() if v or k in net.kw})
     if not fits: del state[f'{prefix}sie_embed']
 
-# %% ../../nbs/13a_weights.load.ipynb #839dba06
+# %% ../../nbs/13a_weights.load.ipynb #72338a57
 def _pool(given, settings, origin):
     "A pooling; that of a bare backbone is this library's choice, which depends on its map"
     if origin.source not in _bare or given['pool'] is not None: return find_pool(settings['pool'])
@@ -168,7 +171,7 @@ def _spec_plain(state, cfg, given, settings, origin):
         origin.assumed.append('test_on=feat (what TransReID searches with)')
     return res
 
-# %% ../../nbs/13a_weights.load.ipynb #8ef6d1d0
+# %% ../../nbs/13a_weights.load.ipynb #ab69d13e
 _fields = 'size','resample','mean','std'
 
 def find_spec(
@@ -197,7 +200,7 @@ def _add_options(spec, given):
     if given['size'] and 'img_size' in spec.net.options: spec.net.kw.setdefault('img_size', tuple(given['size']))
     if given['n_pids'] is not None: spec.n_pids,spec.keep_rows = given['n_pids'],False
 
-# %% ../../nbs/13a_weights.load.ipynb #9c2c4bfd
+# %% ../../nbs/13a_weights.load.ipynb #5bfa58a3
 _reasons = {r'(heads\.)?classifier(_\d)?\.bias':'our classifiers have no bias',
     r'backbone\.(fc|head|head_dist|classifier|linear|last_linear|output)\..*':'classifier of ImageNet',
     r'(head\.)(.*\.)?classifier\.weight':'classifier of other identities'}
@@ -227,7 +230,7 @@ def leave_out(
         origin.dropped[name.removeprefix('backbone.').removeprefix('net.') if theirs else k] = why
         del spec.state[k]
 
-# %% ../../nbs/13a_weights.load.ipynb #c03d6d06
+# %% ../../nbs/13a_weights.load.ipynb #3516e0cf
 def _adapted(state, net):
     "The state with the backbone's entries in the form that the backbone wants"
     body = {k.removeprefix('backbone.'):v for k,v in state.items() if k.startswith('backbone.')}
@@ -251,13 +254,15 @@ def build_model(
 )->ReIDModel: # In evaluation mode
     "Build, fill and try a model"
     model = spec.build()
+    known = tuple(f'{k}=' for k in spec.told(model.backbone)) if spec.own else ()
+    origin.assumed = [o for o in origin.assumed if not o.startswith(known)]
     if hasattr(model.backbone, 'adapt'): spec.state = _adapted(spec.state, model.backbone)
     leave_out(spec, model, names, ignore, origin)
     fill_network(model, spec.state, origin.path, (), _may_be_new(model, spec, origin), names)
     with torch.no_grad(): model.eval()(torch.zeros(1, model.mean.shape[1], *model.preproc.size))
     return model.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/13a_weights.load.ipynb #7bae45c9
+# %% ../../nbs/13a_weights.load.ipynb #ef15365f
 def _ours(file, given):
     "A checkpoint of ours, which needs no help"
     wrong = [k for k,v in given.items() if v is not None and v!={}]
@@ -274,8 +279,10 @@ def _config(config, path):
     if config is None and not beside.is_file(): return {},''
     return read_config(config or beside),str(config or beside.name)
 
-def _fits(backbone):
-    "Does a state belong to the caller's backbone, or to one that is recognised?"
+def fits_backbone(
+    backbone:Callable, # Of the caller; None if it is to be found
+)->Callable: # From a state to a truth value
+    "What tells whether a state belongs to the caller's backbone, or to one that is recognised"
     if not callable(backbone): return is_known
     net = backbone()
     own = bare_names(net).keys()
@@ -285,6 +292,7 @@ def _fits(backbone):
         except ValueError: return False   # timm cannot convert them
     return fits
 
+# %% ../../nbs/13a_weights.load.ipynb #4d309d1c
 def _is_timm(backbone):
     "Does a function make a backbone of timm?"
     if backbone is None: return False
@@ -306,7 +314,7 @@ def _foreign(file, given):
     model.origin,origin.made = origin,repr(spec.call())
     return model
 
-# %% ../../nbs/13a_weights.load.ipynb #5cd77112
+# %% ../../nbs/13a_weights.load.ipynb #af271282
 def load_pretrained(
     path:str|Path, # File of weights, as its authors published it
     config:str|Path|dict=None, # Config of fast-reid, or what `read_config` gives; None: that beside the file; {}: none
@@ -331,7 +339,7 @@ def load_pretrained(
     if isinstance(backbone, nn.Module): raise ValueError('backbone is a network: give the function that makes it')
     given = dict(size=size, last_stride=last_stride, pool=pool, mean=mean, std=std, cosine=cosine, n_pids=n_pids,
         stem_pool=stem_pool, dilation=dilation, resample=resample, backbone=backbone, options=options or {})
-    file = read_weights(path, entry, _fits(backbone))
+    file = read_weights(path, entry, fits_backbone(backbone))
     if is_ours(file.content): return _ours(file, given)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     model = _foreign(file, given|dict(config=config, ignore=ignore))
