@@ -6,19 +6,16 @@ import numpy as np, pandas as pd, pytest, torch, torchvision
 from torch import nn
 
 from fastreid_nb.backbone import weights as backbone_weights
-from fastreid_nb.backbone.mobile import mobilenetv2
 from fastreid_nb.backbone.osnet import osnet
 from fastreid_nb.backbone.resnet import resnet18, resnet50
 from fastreid_nb.backbone.vit import vit
 from fastreid_nb.backbone.weights import download_weights, fill_network
 from fastreid_nb.data.files import read_torch
-from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.eval.features import Features
-from fastreid_nb.heads.core import BNNeckHead
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.heads.parts import mgn
 from fastreid_nb.heads.transreid import transreid
-from fastreid_nb.pooling.core import GeM, GlobalAvgPool
+from fastreid_nb.pooling.core import GlobalAvgPool
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 from fastreid_nb.weights.core import read_config
 from fastreid_nb.weights.load import load_pretrained
@@ -216,7 +213,8 @@ def test_a_student_of_a_larger_teacher(tmp_path, sd):
     assert same(quiet(path), sd) and same(resnet18(pretrained=path), sd)
 
 def test_the_printed_recipe_works(tmp_path, sd):
-    for i,o in enumerate((dict(teacher=sd, student=sd, args=argparse.Namespace(a=1)), dict(sd)|{'args':argparse.Namespace()}, dict(run=dict(ckpt=dict(model=sd, opt=argparse.Namespace()))),
+    for i,o in enumerate((dict(teacher=sd, student=sd, args=argparse.Namespace(a=1)), dict(sd)|{'args':argparse.Namespace()},
+            dict(run=dict(ckpt=dict(model=sd, opt=argparse.Namespace()))),
             dict(model=resnet18(), when=3), resnet18())):
         path,new_path = write(tmp_path/f'{i}.pth', o),tmp_path/f'{i}_new.pth'
         with pytest.raises(ValueError, match='would run code') as e: quiet(path)
@@ -466,7 +464,8 @@ def test_what_may_be_missing(part, tmp_path, ck):
     torch.save({k:v for k,v in ck.items() if k!=part}, tmp_path/'v2.pt')
     assert load_reid(tmp_path/'v2.pt') and quiet(tmp_path/'v2.pt')
 
-@pytest.mark.parametrize('kw', [dict(mean=[123.,116.,103.]), dict(std=[58.,57.,57.]), dict(std=[0.,0.,0.]), dict(mean=[float('nan')]*3), dict(size=[0,32]), dict(resample='magic')])
+@pytest.mark.parametrize('kw', [dict(mean=[123.,116.,103.]), dict(std=[58.,57.,57.]), dict(std=[0.,0.,0.]),
+    dict(mean=[float('nan')]*3), dict(size=[0,32]), dict(resample='magic')])
 def test_preproc_that_cannot_be(kw, tmp_path, ck):
     torch.save({**ck, 'preproc':{**ck['preproc'], **kw}}, tmp_path/'q.pt')
     with pytest.raises(ValueError, match=r'q\.pt'): load_reid(tmp_path/'q.pt')

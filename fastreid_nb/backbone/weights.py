@@ -106,6 +106,7 @@ def choose_state(
     usual = [k for word in _usual for k in large if k.rpartition('.')[2]==word]
     return [*usual, *names][0]
 
+# %% ../../nbs/02a_backbone.weights.ipynb #401764ed
 def _no_state(o, source, odd=None):
     "What to say of something that is no state"
     odd = odd or (list(o) if isinstance(o, dict) else []) or [type(o).__name__]

@@ -166,6 +166,7 @@ def _name(fn):
     if later(name) is not fn: raise TypeError
     return name
 
+# %% ../../nbs/04a_heads.model.ipynb #041a87c6
 def _call(piece):
     piece = as_ours(piece)
     fn,args,kw = (piece.func,piece.args,piece.keywords) if isinstance(piece, partial) else (piece,(),{})

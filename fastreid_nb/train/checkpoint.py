@@ -93,6 +93,7 @@ def _who(ck, path):
     advice = 'update this library (pip install --upgrade fastreid-nb)' if later else 'save it again, or get it again'
     return f'{path} was written by version {version} of fastreid_nb, this is {__version__}', advice
 
+# %% ../../nbs/06b_train.checkpoint.ipynb #d28819a8
 def _not_ours(content, path):
     "Why a file is no checkpoint, and what reads it"
     what = f'{path} is no fastreid_nb checkpoint'

@@ -125,6 +125,7 @@ def _spec_transreid(found, given, settings, origin):
     _add_vit(whole, state, 'backbone.', given, settings, origin)
     return Spec(whole, state, whole, n_pids=whole.kw['n_pids'])
 
+# %% ../../nbs/13a_weights.load.ipynb #0c459df9
 def _add_vit(net, state, prefix, given, settings, origin):
     "Options of a transformer that its entries tell; rows of other cameras leave the state"
     n_tokens = state[f'{prefix}pos_embed'].shape[1]
