@@ -98,9 +98,9 @@ def test_no_import(tmp_path, text): silent(build(tmp_path, {('00_data', 3):text}
 
 def test_late_name(tmp_path):
     "A name looked up in a later room needs a reason"
-    house = build(tmp_path, {('00_data', 3):"#| export\nx = later('flip')"})
+    house = build(tmp_path/'one', {('00_data', 3):"#| export\nx = later('flip')"})
     fault(house, 'late_names', 'looks up `flip` in a later room')
-    silent(build(tmp_path, {('00_data', 3):"x = later('flip')"}), 'late_names')
+    silent(build(tmp_path/'other', {('00_data', 3):"x = later('flip')"}), 'late_names')
 
 def test_import_of_itself(tmp_path):
     house = build(tmp_path, {('00_data', 6):f'from {lib}.data.core import read'})
