@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 import torchvision # for torch.ops.image; chkstyle: ignore
 from PIL import Image, ImageOps, features
-from .core import box_array, visible
+from .core import box_array, box_columns, visible
 
 # %% ../../nbs/00b_data.images.ipynb #7b96c0e0
 def _one_byte(x):
@@ -168,6 +168,77 @@ def by_ending(
 # %% ../../nbs/00b_data.images.ipynb #8a49f03b
 market_dirs = dict(train='bounding_box_train', query='query', gallery='bounding_box_test')
 market_names = r'(?P<pid>-?\d+)_c(?P<camid>\d+)[^/]*' # Of files, below their folder
+
+# %% ../../nbs/00b_data.images.ipynb #536f911a
+_starts = [o.split() for o in ('x y', 'left top', 'xmin ymin', 'x0 y0', 'x1 y1', 'xl yt', 'xtl ytl', 'minx miny', 'l t',
+    'xtopleft ytopleft', 'topleftx toplefty', 'xstart ystart', 'startx starty')]
+_ends = [o.split() for o in ('x2 y2', 'right bottom', 'xmax ymax', 'xr yb', 'xbr ybr', 'maxx maxy', 'r b',
+    'xbottomright ybottomright', 'bottomrightx bottomrighty', 'xend yend', 'endx endy')]
+_centres = [o.split() for o in ('cx cy', 'xc yc', 'xcenter ycenter', 'centerx centery', 'xcentre ycentre', 'centrex centrey')]
+_sizes = [['w','h'], ['width','height']]
+_forms = [('size', a+b) for b in _sizes for a in _starts] + [('centre', a+b) for b in _sizes for a in _centres]
+_forms += [('ends', ['x0','y0','x1','y1'])] + [('ends', a+b) for a in _starts for b in _ends]
+_meaning = dict(size='left, top, width, height', ends='left, top, right, bottom',
+    centre='centre (across, down), width, height')
+_in_one = dict.fromkeys(['bbox','box','boundingbox','bboxxywh','xywh','bboxltwh','bboxtlwh','bboxes','boxes'], 'size')
+_in_one |= dict.fromkeys(['bboxxyxy','xyxy','boxxyxy','bboxltrb','ltrb','bboxvoc'], 'ends')
+
+# %% ../../nbs/00b_data.images.ipynb #89302c63
+def _bare(name): return re.sub('[^a-z0-9]', '', str(name).lower())
+
+def _four(o, column, row):
+    "Four numbers out of a list or a text; NaN for an empty field"
+    if o is None or isinstance(o, float) and np.isnan(o) or isinstance(o, str) and not o.strip(): return [np.nan]*4
+    text = re.sub(r'\b[a-z_][\w.]*', ' ', o, flags=re.I) if isinstance(o, str) else ''
+    found = re.findall(r'[-+]?[.]?\d[\d.]*(?:e[-+]?\d+)?', text, re.I) if text else o
+    if isinstance(found, dict): found = list(found.values())
+    try: values = np.array(found, float).ravel()
+    except (TypeError, ValueError): values = []
+    if len(values)==4: return values.tolist()
+    raise ValueError(f'{column} in row {row} is {visible(o)[:80]!r}: expected four numbers, such as [10, 20, 40, 60]')
+
+def _box_parts(df):
+    "What kind of boxes `df` has, the columns they stand in, and their four numbers (N,4); None if there are none"
+    here = {re.sub('^(boundingbox|bbox|box|bb|rect|roi)(?=.)', '', _bare(o)):o for o in df}
+    found = next(((k,o) for k,o in _forms if all(p in here for p in o)), None)
+    if found and 'x3' not in here:
+        columns = [here[o] for o in found[1]]
+        numbers = df[columns].apply(pd.to_numeric, errors='coerce')
+        odd = numbers.isna() & df[columns].notna() & df[columns].ne('')
+        if odd.any(axis=None): raise ValueError(f'{columns} hold text in {odd.any(axis=1).sum()} rows: expected numbers')
+        return found[0],columns,numbers.to_numpy(float)
+    one = next((o for o in df if _bare(o) in _in_one), None)
+    if one is None: return None
+    return _in_one[_bare(one)],[one],np.array([_four(o, one, i) for i,o in enumerate(df[one])])
+
+# %% ../../nbs/00b_data.images.ipynb #cdaae774
+def _half_boxes(df):
+    "Columns that look like a part of a box, and whether there is no doubt"
+    here = {_bare(o).removeprefix('bbox'):o for o in df}
+    own = [o for o in box_columns if o in df]
+    if own: return own,True
+    most = max((o for _,o in _forms), key=lambda o: sum(p in here for p in o))
+    there = [o for o in most if o in here]
+    return [here[o] for o in there],len(there)>2
+
+def with_boxes(
+    df:pd.DataFrame, # Any table
+)->tuple: # The table with columns x, y, w, h if it has boxes, and sentences on what was taken for what
+    "Boxes in any form as left, top, width and height"
+    if set(box_columns)<=set(df): return df,[]
+    if not (found := _box_parts(df)):
+        columns,sure = _half_boxes(df)
+        said = f'columns {columns} look like a part of a box'
+        if sure: raise ValueError(f'{said}: expected all of x, y, w, h (left, top, width, height), or other names')
+        sizes = {'w','h','width','height'}
+        told = len(columns)>1 and not {_bare(o) for o in columns} & sizes
+        return df,[f'{said} and are not used: give x, y, w, h (left, top, width, height)']*told
+    kind,columns,four = found
+    start,size = four[:,:2],four[:,2:]
+    if kind=='ends': size = size-start
+    if kind=='centre': start = start-size/2
+    boxes = dict(zip(box_columns, [*start.T, *size.T]))
+    return df.assign(**boxes),[f'boxes: {", ".join(map(str, columns))} taken as {_meaning[kind]}']
 
 # %% ../../nbs/00b_data.images.ipynb #0d2c1cdd
 def _called(x): return visible(x) if isinstance(x, (str,Path)) else f'in memory ({type(x).__name__})'
