@@ -99,6 +99,7 @@ _endings = dict(JPEG='jpg jpeg jpe jfif', MPO='mpo', PNG='png apng', BMP='bmp', 
 _needs = dict(JPEG2000=features.check('jpg_2000'), WEBP=features.check('webp'), AVIF=features.check('avif'),
     HEIF=find_spec('pillow_heif') is not None)
 image_exts = {f'.{o}' for k,text in _endings.items() if _needs.get(k, True) for o in text.split()}
+unread_exts = tuple({f'.{o}' for text in _endings.values() for o in text.split()} - image_exts) # For want of a package
 
 @lru_cache(None)
 def image_formats():

@@ -98,7 +98,7 @@ def _codes(s, what):
     "Whole numbers for `s`: themselves if they are whole already, else places in sorted order; -1 stays -1"
     if s.isna().any(): raise ValueError(f'{what} is missing {_row_of(s.isna())}')
     whole = pd.api.types.is_integer_dtype(s)
-    number = s if whole else s.map(_value)
+    number = s if whole else s.map({o:_value(o) for o in s.unique()})
     if (bad := (number<-1) | (number>2**62)).any():
         raise ValueError(f'{what} {s[bad].iloc[0]}: expected -1 for one that nobody knows, else 0 to 2**62')
     if whole: return s.astype('int64')
@@ -135,8 +135,9 @@ def _assign(df, test_frac, seed, notes):
 def _joined(root, paths):
     "Paths below `root`; a member stays in its archive, whatever its name, and \\ is / where no such file is there"
     if str(root).lower().endswith('.zip') and os.path.isfile(root): return [f'{root}/{o}' for o in paths]
-    paths = [os.path.join(root, o) for o in paths]
-    if os.sep!='/': return paths
+    if os.sep!='/': return [os.path.join(root, o) for o in paths]
+    start = os.path.join(root, '')
+    paths = [o if o[:1]=='/' else start+o for o in paths]
     return [o.replace('\\', '/') if '\\' in o and not os.path.exists(o) else o for o in paths]
 
 def _coded(df, notes):
@@ -167,7 +168,7 @@ def from_df(
     if not len(df): raise ValueError(f'the table of {name!r} is empty')
     notes = []
     df,boxed = with_boxes(_rename(df, cols or {}, notes))
-    paths = _joined('' if root is None else root, [str(o) for o in df.path])
+    paths = _joined('' if root is None else root, [*map(str, df.path.tolist())])
     df = _coded(df.assign(path=paths, dsetid=name), notes)
     notes += boxed
     return _from_parts(df, _assign(df, test_frac, seed, notes), name, seed, notes, protocol)
@@ -282,7 +283,8 @@ def _images(path, notes):
 
 def _read_names(names, regex, path):
     "Table of what `regex` finds in each name"
-    found = [re.search(regex, o) for o in names]
+    find = re.compile(regex).search
+    found = [find(o) for o in names]
     if bad := [o for o,m in zip(names,found) if m is None]:
         said = f'{len(bad)} of {len(names)} file names below {path} do not match {regex!r}, first {bad[:3]}'
         raise ValueError(f'{said}: give a regex with groups pid and camid, or one folder per identity')
@@ -301,9 +303,10 @@ def _split_tops(tops):
 
 def _in_folders(inner, notes):
     "Table of images in folders of identities; names as in Market-1501 give the cameras"
-    df = pd.DataFrame(dict(pid=[o.rpartition('/')[0] for o in inner]))
-    found = [re.fullmatch(market_names, o.rpartition('/')[2]) for o in inner]
-    who = [p.rpartition('/')[2].lstrip('0') for p in df.pid]
+    folders = [o.rpartition('/')[0] for o in inner]
+    df,find = pd.DataFrame(dict(pid=folders)),re.compile(market_names).fullmatch
+    found = [find(o[len(p)+1:]) for o,p in zip(inner, folders)]
+    who = [p.rpartition('/')[2].lstrip('0') for p in folders]
     n = sum(m is not None and m['pid'].lstrip('0')==p for m,p in zip(found, who))
     if n==len(inner): return df.assign(camid=[m['camid'] for m in found])
     how = r"regex=r'(?P<pid>[^/]+)/[^/]*_c(?P<camid>\d+)' reads them"
