@@ -52,7 +52,12 @@ def _rename(df, cols, notes):
         raise ValueError(f'cols names {missing}, but the columns are {list(df)}')
     if (twice := df.columns[df.columns.duplicated()]).size:
         raise ValueError(f'two columns are called {twice[0]!r}: rename or drop one of them')
+    some = set(cols) & set(box_columns)
+    if some and len(some)<4: raise ValueError(f'cols has {sorted(some)}: expected all of x, y, w, h, or bbox')
     df = _with_path(df.assign(**{k:df[o] for k,o in cols.items()}), notes).reset_index(drop=True)
+    if 'copy' in df:
+        notes.append('column copy is kept as copy_given: the name marks what resample lists twice')
+        df = df.rename(columns=dict(copy='copy_given'))
     if missing := [o for o in ('path','pid') if o not in df]:
         raise ValueError(f'columns {list(df)}: {missing} missing; {_hint(missing[0], list(df))}')
     if (gone := df.path.isna()).any(): raise ValueError(f'path is missing {_row_of(gone)}')

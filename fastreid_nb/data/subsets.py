@@ -144,7 +144,7 @@ def _save_map(df, path):
     "Write old and new numbers of the identities of `df` to a CSV file"
     df = df[df.pid>=0].drop_duplicates('pid').sort_values('pid')
     columns = [c for c in ('pid','pid_was','pid_name') if c in df]
-    with atomic_path(path) as part: df[columns].to_csv(part, index=False)
+    with atomic_path(path) as part: df[columns].to_csv(part, index=False, errors='backslashreplace')
 
 @patch
 def relabel(self:ReIDData,
