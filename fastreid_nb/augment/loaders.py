@@ -8,14 +8,14 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/augment.loaders.html.md"""
 __all__ = ['ReIDDataset', 'ReIDLoader', 'PKLoader', 'plain_dl', 'reid_dls', 'ItemAugs']
 
 # %% ../../nbs/01e_augment.loaders.ipynb #9e4df331
-import multiprocessing, os, pickle, re, shutil
+import multiprocessing, os, pickle, re, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from itertools import chain
 from warnings import warn
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.load import _loaders
+from fastai.data.load import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
 from fastai.data.transforms import IntToFloatTensor, Transform
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_device
 from fastcore.basics import chunked, defaults, patch
@@ -70,7 +70,7 @@ def short_of(
     bs:int, # Images in a batch
 )->str: # A sentence; '' if there is enough
     "What `n` workers lack, if anything: shared memory, or files that may be open"
-    need = (2*n+1)*bs*3*size[0]*size[1]   # bytes
+    need = (2*n+2)*bs*3*size[0]*size[1]   # bytes: two batches of each worker, and those in use
     n_files = 16*n+32
     free = shutil.disk_usage(shared_memory).free if os.path.isdir(shared_memory) else need
     way_out = f'give fewer num_workers than {n} (0 always works)'
@@ -140,6 +140,21 @@ def create_batches(self:ReIDLoader,
     if get_worker_info(): return (self._fill(s, rows, self._read(rows)) for s,rows in todo)
     return self._ahead(todo, max(1, min(4, defaults.cpus-1)))
 
+# %% ../../nbs/01e_augment.loaders.ipynb #4d7f98c6
+class _WorkerBatches(_MultiProcessingDataLoaderIter):
+    "torch's iterator over the batches of workers, with an end to its patience"
+    def __init__(self, loader, patience):
+        self.patience = patience
+        super().__init__(loader)
+
+    def _get_data(self):
+        "The next batch; every few seconds torch looks whether all workers are alive"
+        start = time.monotonic()
+        while time.monotonic()-start<self.patience:
+            came,data = self._try_get_data(min(5, self.patience))
+            if came: return data
+        raise RuntimeError(f'timed out after {self.patience} seconds')
+
 # %% ../../nbs/01e_augment.loaders.ipynb #ec59d502
 @patch(as_prop=True)
 def pins(self:ReIDLoader)->bool:
@@ -163,9 +178,10 @@ def _deliver(self:ReIDLoader):
     self.randomize()
     self.before_iter()
     self._todo = self.get_idxs()
+    self.fake_l.pin_memory = self.pins
     alone = self.fake_l.num_workers==0
-    self.fake_l.pin_memory,self.fake_l.timeout = self.pins,0 if alone else self.patience
-    for b in _loaders[alone](self.fake_l):
+    batches = _SingleProcessDataLoaderIter(self.fake_l) if alone else _WorkerBatches(self.fake_l, self.patience)
+    for b in batches:
         if type(b)==list: b = tuple(b)   # what pinning makes of a tuple
         if self.device is not None: b = to_device(b, self.device, non_blocking=self.pins)
         yield self.after_batch(b)
@@ -173,8 +189,8 @@ def _deliver(self:ReIDLoader):
     if hasattr(self, 'it'): del self.it
 
 # %% ../../nbs/01e_augment.loaders.ipynb #ad0cbab3
-_stories = {'timed out':'A process that reads images gave no batch for {patience} seconds: is the disk slow, or an '
-        'augmentation blocked? Try num_workers=0 to see it, or give the loader more `patience`',
+_stories = {'timed out':'A process that reads images gave no batch for {patience} seconds: is the disk slow, an '
+        'augmentation blocked, or shared memory full (docker run --shm-size=1g)? Try fewer num_workers, or 0',
     'too many open files|ancdata':'The processes that read images have too many files open: try fewer num_workers, 0 '
         'always works, or allow more files (ulimit -n 4096)',
     'shared memory|bus error|no space left':'The processes that read images have no shared memory left: try fewer '
@@ -191,7 +207,8 @@ def _story(e, patience):
 def _own_words(e):
     "The message of an error in a worker, without the worker's traceback"
     told = re.search(rf'\n(?:[\w.]+\.)?{type(e).__name__}: (.*)\Z', str(e), re.S)
-    return type(e)(told[1].strip()) if told and str(e).startswith('Caught ') else None
+    kind = next(o for o in type(e).__mro__ if o in (FileNotFoundError, ValueError, TypeError))
+    return kind(told[1].strip()) if told and str(e).startswith('Caught ') else None
 
 @patch
 def _explain(self:ReIDLoader, e):
@@ -243,6 +260,8 @@ class ToFloat(IntToFloatTensor):
     def encodes(self, x:TensorImage):
         if x.device.type!='cpu': return x.float().div_(self.div)
         return TensorImage(torch.from_numpy(np.empty(x.shape, np.float32)).copy_(x).div_(self.div))
+
+    def encodes(self, x:TensorCategory): return x   # found at once: a search that fails would keep the batch in memory
 
 # %% ../../nbs/01e_augment.loaders.ipynb #0cb49803
 def draw_epoch(
