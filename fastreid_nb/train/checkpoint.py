@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from .. import __version__
 from torch import nn
-from ..data.files import atomic_path, read_torch
+from ..data.files import atomic_path, check_number, read_torch
 from ..data.preproc import Preproc
 from ..backbone.weights import fill_network
 from ..heads.model import ReIDModel
@@ -29,6 +29,13 @@ def uncompiled(model):
     "The model inside what `torch.compile` made of it"
     return getattr(model, '_orig_mod', model)
 
+# %% ../../nbs/06b_train.checkpoint.ipynb #40c26c41
+def check_finite(model):
+    "Refuse to keep weights that are no numbers"
+    broken = [k for k,v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken: raise ValueError(f'nothing was saved: {len(broken)} weights of the model hold NaN or infinity, such as '
+        f'{broken[0]}; did training diverge? Try a lower lr')
+
 # %% ../../nbs/06b_train.checkpoint.ipynb #a04249f9
 def save_reid(
     path:str|Path, # File to write, by custom ending in .pt
@@ -41,6 +48,8 @@ def save_reid(
         f'{type(model).__name__} does not say how its images are read: set model.preproc to the Preproc it was trained with')
     pids = getattr(model, 'pids', []) if pids is None else pids
     threshold = getattr(model, 'threshold', None) if threshold is None else threshold
+    if threshold is not None: check_number('threshold', threshold, 0)
+    check_finite(model)
     ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=plain_state(model),
         preproc=model.preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
         threshold=None if threshold is None else float(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)))
