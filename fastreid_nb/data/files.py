@@ -110,7 +110,9 @@ def atomic_path(
     except (OSError,RuntimeError) as e:
         system = _system_error(e)
         if system is None: raise
-        if system.filename and Path(system.filename) not in (path, tmp, *path.parents): raise   # about another file
+        ours = path, *path.parents
+        named = system.filename and Path(system.filename)
+        if named and named not in ours and not named.name.startswith(f'.{path.name[:60]}.'): raise   # about another file
         raise _cannot_write(path, system) from e
     finally:
         if tmp is not None:
