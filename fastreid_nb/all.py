@@ -1,4 +1,5 @@
 "Every public name, for `from fastreid_nb.all import *`"
+from functools import partial # chkstyle: ignore
 from .data.core import *
 from .data.files import *
 from .data.images import *

@@ -332,6 +332,7 @@ def test_copies_wait_unless_pinned(data, monkeypatch, pins):
     assert all(type(b)==tuple and b[0].dtype==torch.float32 for b in dl)
     assert set(seen)=={(tuple,'cpu',pins)} and dl.fake_l.pin_memory==pins
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.parametrize('n', [0,2])
 def test_batches_on_cuda(data, n):

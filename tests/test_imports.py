@@ -13,14 +13,15 @@ def modules():
 
 # ---- what runs in processes of its own: this file as a program
 
+def plain(o): return re.sub(r'0x[0-9a-f]+', '0x', repr(o))   # without addresses
+
 def public(module):
     "Signatures of the public functions and classes of a module, and the values of its other public names"
     found = {}
     for name in getattr(module, '__all__', []):
         o = getattr(module, name)
-        try: text = str(inspect.signature(o)) if callable(o) else repr(o)
-        except ValueError: text = repr(o)
-        found[name] = re.sub(r'0x[0-9a-f]+', '0x', text)
+        try: found[name] = plain(inspect.signature(o) if callable(o) else o)
+        except ValueError: found[name] = plain(o)
     return found
 
 def surroundings():
@@ -35,7 +36,7 @@ def surroundings():
 
 def learner():
     "The callbacks and the defaults of a small learner"
-    import pandas as pd
+    import pandas as pd, torch
     from torch import nn
     from fastreid_nb.augment.loaders import reid_dls
     from fastreid_nb.data.core import ReIDData
@@ -44,9 +45,11 @@ def learner():
         n_feat = 8
         def __init__(self): super().__init__(3, 8, 3)
     df = pd.DataFrame(dict(path=[f'{i}.jpg' for i in range(8)], pid=[0,0,1,1]*2, camid=[0,1]*4, dsetid=''))
-    learn = reid_learner(reid_dls(ReIDData('few', df, df, df), (32,16), 2, 2, num_workers=0), Net)
+    dls = reid_dls(ReIDData('few', df, df, df), (32,16), 2, 2, num_workers=0)
+    learn = reid_learner(dls, Net, dtype=torch.float32)   # a fixed precision, since measuring it takes a second
     methods = [o for o in dir(learn) if not o.startswith('_')]
-    return dict(cbs=[type(o).__name__ for o in learn.cbs], loss=repr(learn.loss_func), opt=repr(learn.opt_func), methods=methods)
+    cbs = [type(o).__name__ for o in learn.cbs]
+    return dict(cbs=cbs, loss=plain(learn.loss_func), opt=plain(learn.opt_func), methods=methods)
 
 def look(name, with_learner):
     "Import `name` and look around"
@@ -93,7 +96,7 @@ def found():
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
     res = subprocess.run([sys.executable, __file__, *modules()], capture_output=True, encoding='utf-8', env=env, timeout=300)
     assert res.returncode==0, res.stderr
-    return json.loads(res.stdout)
+    return json.loads(res.stdout.splitlines()[-1])
 
 @pytest.mark.parametrize('name', modules())
 def test_module_alone(found, name):

@@ -5,7 +5,8 @@ import numpy as np, pytest, torch, torch.nn.functional as F, torchvision
 from torch import nn
 
 from fastreid_nb.backbone.weights import fill_network
-from fastreid_nb.backbone.mobile import SplitBlock, MobileTrunk, detect_efficientnet, detect_mobilenet, detect_shufflenet, efficientnet, mobilenetv2, mobilenetv3, shufflenetv2
+from fastreid_nb.backbone.mobile import SplitBlock, MobileTrunk, efficientnet, mobilenetv2, mobilenetv3, shufflenetv2
+from fastreid_nb.backbone.mobile import detect_efficientnet, detect_mobilenet, detect_shufflenet
 from golden_files import close, golden_params, missing
 from golden_models import golden_array, golden_input, golden_name, golden_state
 

@@ -10,7 +10,8 @@ from torchvision.transforms.v2 import functional as tvf
 from fastreid_nb.augment import policies
 from fastreid_nb.augment.core import bagtricks_augs
 from fastreid_nb.augment.loaders import reid_dls
-from fastreid_nb.augment.policies import OpSpace, OpRange, augmix, augmix_space, autoaugment, fastreid_space, imagenet_policy, on_bytes, ops, rand_augment, rand_space, torchvision_space, trivial_augment, trivial_space, warp
+from fastreid_nb.augment.policies import OpSpace, OpRange, augmix, autoaugment, on_bytes, ops, rand_augment, trivial_augment, warp
+from fastreid_nb.augment.policies import augmix_space, fastreid_space, imagenet_policy, rand_space, torchvision_space, trivial_space
 from fastreid_nb.data.toy import toy_reid
 
 sizes = [(64,32),(33,17),(12,40),(5,7),(1,1)]

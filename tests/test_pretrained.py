@@ -193,7 +193,9 @@ def test_imagenet_of_torchvision(name, stride, tmp_path):
         with torch.no_grad(): close(loaded.fmap(x), got['fmap'], rel=1e-4)
 
 def test_transreid(tmp_path):
-    model = shaken(a_model(backbone=partial(vit, 'deit_tiny', (64,32), n_cams=3, stride=12), pool=FlattenPool, preproc=Preproc((64,32), mean=(.5,)*3, std=(.5,)*3), test_on='feat'))
+    pre = Preproc((64,32), mean=(.5,)*3, std=(.5,)*3)
+    net = partial(vit, 'deit_tiny', (64,32), n_cams=3, stride=12)
+    model = shaken(a_model(backbone=net, pool=FlattenPool, preproc=pre, test_on='feat'))
     state = rename(model.state_dict(), (r'^backbone\.', 'base.'), (r'^head\.neck', 'bottleneck'), (r'^head\.', ''))|{'base.fc.weight':torch.zeros(1000, 192)}
     loaded,x = quiet(write(tmp_path, state), size=(64,32)),torch.rand(2, 3, 64, 32)
     assert loaded.backbone.n_cams==3 and loaded.origin.dropped=={'backbone.fc.weight':'classifier of ImageNet'}

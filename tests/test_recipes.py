@@ -116,7 +116,7 @@ def test_doctor_options(capsys, tmp_path):
     pictures(tmp_path/'set', 8)
     assert main(['doctor', str(tmp_path/'set'), '--regex', r'id (?P<pid>\d+)', '--test_frac', '.25', '--radius=4'])==0
     out = capsys.readouterr().out
-    assert 'while reading: no split given: 6 identities for training, 2 others' in out and '24 pictures' in out
+    assert 'while reading: no split given: 6 identities for training, 2 others' in out and '24 images' in out
     (tmp_path/'t.csv').write_text('path,pid\nnone.png,1\nalso none.png,1\nset/id 0/0.png,2\nset/id 1/0.png,2\n')
     assert main(['doctor', str(tmp_path/'t.csv')])==1
     assert 'none.png (no image)' in capsys.readouterr().out

@@ -8,7 +8,8 @@ import numpy as np, pandas as pd, pytest, torch
 
 from fastreid_nb.augment.samplers import pk_batches
 from fastreid_nb.augment.loaders import reid_dls
-from fastreid_nb.augment.samplers import _next, add_positives, class_balanced_batches, cross_camera_batches, domain_batches, domain_shares, draw_rows, for_rank, take_turns, uniform_batches
+from fastreid_nb.augment.samplers import _next, add_positives, domain_shares, draw_rows, for_rank, take_turns
+from fastreid_nb.augment.samplers import class_balanced_batches, cross_camera_batches, domain_batches, uniform_batches
 from fastreid_nb.data.toy import toy_reid
 from golden_files import golden_files, missing
 

@@ -1,7 +1,5 @@
 "Figures of a seeded model, loader and ranking that must not change, and files of version 0.0.1 that must still load"
 import json, zlib
-from dataclasses import replace
-from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException

@@ -43,6 +43,8 @@ def test_fastest_model(capsys):
     assert got.dtype==torch.float32 and torch.cosine_similarity(want, got).min()>.999
     assert fast.pids==[1,2] and fast.n_cams==0 and 'images/s' in capsys.readouterr().out
     assert fast.model is not model and model.backbone.conv1.weight.is_contiguous()
+    fastest_model(model.train(), xb, budget=.1)
+    assert model.training
 
 def test_wrong_ways_are_not_used(capsys):
     "Where 16 bits give another direction, float32 stays"

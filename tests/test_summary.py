@@ -85,7 +85,8 @@ def test_ensemble_hands_cameras_to_its_members():
     assert e.n_cams==3 and (e(x, torch.tensor([0,1]))-e(x, torch.tensor([2,1]))).abs().amax(1)[1]==0
 
 def test_ensemble_is_saved(tmp_path):
-    e,x = Ensemble([reid_model(resnet18, 5), reid_model(resnet18, 5, preproc=Preproc(mean=(.5,)*3, std=(.5,)*3))], [1,2], [None,(48,32)]).eval(),torch.rand(2, 3, 64, 32)
+    other = reid_model(resnet18, 5, preproc=Preproc(mean=(.5,)*3, std=(.5,)*3))
+    e,x = Ensemble([reid_model(resnet18, 5), other], [1,2], [None,(48,32)]).eval(),torch.rand(2, 3, 64, 32)
     save_reid(tmp_path/'e.pt', e)
     with torch.no_grad(): torch.testing.assert_close(load_reid(tmp_path/'e.pt')(x), e(x))
     assert model_from_recipe(e.recipe).sizes==[None,(48,32)]

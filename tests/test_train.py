@@ -26,8 +26,7 @@ class TinyNet(nn.Sequential):
 def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
 
 @pytest.fixture(scope='module')
-def dls(data):
-    return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
+def dls(data): return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
 
 @pytest.fixture
 def learn(dls):
@@ -137,7 +136,7 @@ def test_bad_checkpoints(tmp_path, dls):
         (tmp_path/f'{i}.pt').write_bytes(raw[:n])
         with pytest.raises(ValueError, match='truncated'): load_reid(tmp_path/f'{i}.pt')
     (tmp_path/'text.pt').write_text('hello')
-    with pytest.raises(ValueError, match='truncated, or not written'): load_reid(tmp_path/'text.pt')
+    with pytest.raises(ValueError, match="is a text, which begins with 'hello'"): load_reid(tmp_path/'text.pt')
     torch.save([1,2], tmp_path/'list.pt')
     with pytest.raises(ValueError, match='holds list'): load_reid(tmp_path/'list.pt')
     with pytest.raises(FileNotFoundError, match='no file'): load_reid(tmp_path/'none.pt')
@@ -185,9 +184,9 @@ def test_one_precision_callback(learn):
 
 def test_lr_find_does_not_count_as_an_epoch(learn):
     learn.lr_find(num_it=20, show_plot=False)
-    assert learn.epoch_seed.n_seen==0
+    assert learn.model.n_epochs==0
     learn.fit(2)
-    assert learn.epoch_seed.n_seen==2
+    assert learn.model.n_epochs==2
 
 def test_parameters_of_a_loss_are_trained(dls):
     class Scaled(nn.Module):
@@ -245,8 +244,11 @@ def test_epochs_are_counted_across_checkpoints(dls, tmp_path):
     with l.no_bar(), l.no_logging(): l.fit(2)
     l.save_reid(tmp_path/'m.pt')
     again = reid_learner(dls, model=load_reid(tmp_path/'m.pt', reid_model(TinyNet, len(dls.pids))))
-    with again.no_bar(), again.no_logging(): again.fit(1)
-    assert dls.train.epoch==2 and again.model.n_epochs==3
+    seen = []
+    class Watch(Callback):
+        def before_train(self): seen.append(self.dls.train.epoch)
+    with again.no_bar(), again.no_logging(): again.fit(1, cbs=Watch())
+    assert seen==[2] and again.model.n_epochs==3
 
 @pytest.mark.parametrize('how', ['wrapped','part','in place'])
 def test_compiled_model_is_saved_under_plain_names(tmp_path, how):
@@ -283,3 +285,11 @@ def test_an_ensemble_is_trained(dls):
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(1, freeze_iters=1)
     body,rest = learn.splitter(learn.model)
     assert len(body)+len(rest)==len(list(learn.model.parameters())) and all(p.requires_grad for p in body)
+
+def test_model_moves_before_the_optimiser_is_made(dls, monkeypatch):
+    "Only then can the optimiser see that its parameters are on a GPU"
+    seen = []
+    monkeypatch.setattr(dls, 'device', torch.device('meta'))
+    learn = reid_learner(dls, resnet18, opt_func=lambda params, **kwargs: seen.append({p.device.type for o in params for p in o}), dtype=torch.float32)
+    learn.create_opt()
+    assert seen==[{'meta'}]

@@ -15,8 +15,8 @@ import pandas as pd, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn
-from ..data.files import check_choice, read_torch
-from .weights import as_state, fill_network
+from ..data.files import check_choice
+from .weights import load_backbone
 
 # %% ../../nbs/02j_backbone.timmnets.ipynb #0be1a5c3
 def _timm():
@@ -102,6 +102,7 @@ class TimmBackbone(nn.Module):
         self.net,self.img_size,self.fixed = net,tuple(img_size),fixed
         self.tokens = check_choice('tokens', tokens, ('patches','cls'))
         self.mean,self.std,self.licence = (net.pretrained_cfg.get(k) for k in ('mean','std','license'))
+        self.resample = net.pretrained_cfg.get('interpolation') or 'bicubic'
         self._probe()
 
     def _probe(self):
@@ -134,7 +135,7 @@ def timm_backbone(
     tokens:str='patches', # Of a network with tokens: 'patches' (their grid) or 'cls' (the class token)
     *,
     pretrained:bool|str|Path=False, # True lets timm download the weights, a path reads that file
-)->TimmBackbone: # Backbone with `n_feat`, `total_stride`, `mean`, `std` and `licence`
+)->TimmBackbone: # Backbone with `n_feat`, `total_stride`, `mean`, `std`, `resample` and `licence`
     "Any network of the timm library by its name"
     timm,name = _timm(),check_timm_name(name.removeprefix('timm/'))
     check_choice('last_stride', last_stride, (None,1,2))
@@ -144,7 +145,7 @@ def timm_backbone(
     net,kwargs = _build(name, fixed, size, last_stride)
     res = TimmBackbone(net, size, fixed, tokens)
     if pretrained is True: res.net = _create(name, True, **kwargs)
-    elif pretrained: fill_network(res, res.adapt(as_state(read_torch(pretrained), pretrained)), pretrained, res.ignore)
+    elif pretrained: load_backbone(res, pretrained, '', res.ignore, res.adapt)
     return res
 
 # %% ../../nbs/02j_backbone.timmnets.ipynb #cc307ff8
@@ -154,6 +155,8 @@ def adapt(self:TimmBackbone,
 )->dict: # Weights under the names of this module, positions stretched to its image size
     "Bring weights saved by timm into the form of this network"
     if all(k.startswith('net.') for k in state): return state
+    own = self.net.state_dict()
+    if all(k in state and state[k].shape==v.shape for k,v in own.items()): return {f'net.{k}':v for k,v in state.items()}
     convert = getattr(import_module(type(self.net).__module__), 'checkpoint_filter_fn', None)
     try: state = convert(dict(state), self.net) if convert else state
     except Exception as e: raise ValueError(f'timm cannot convert these weights for a {type(self.net).__name__} '
@@ -162,10 +165,10 @@ def adapt(self:TimmBackbone,
 
 @patch(as_prop=True)
 def ignore(self:TimmBackbone)->tuple: # Beginnings of names
-    "What `adapt` may give that the network does not have: its classifier"
+    "What `adapt` may give that the network does not have: its classifier, and what stands around it"
     classifier = self.net.pretrained_cfg.get('classifier') or ()
     names = (classifier,) if isinstance(classifier, str) else classifier
-    return tuple(f'net.{o}.' for o in names)
+    return tuple(f'net.{o.split(".")[0]}.' for o in names)
 
 # %% ../../nbs/02j_backbone.timmnets.ipynb #f9181e86
 def _weights_row(cfg):

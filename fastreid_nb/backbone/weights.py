@@ -8,16 +8,36 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/backbone.weights.html.md"""
 __all__ = ['load_backbone']
 
 # %% ../../nbs/02a_backbone.weights.ipynb #6d5c326d
-import re
+import re, reprlib, socket
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
-from ..data.files import read_torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from ..data.files import other_kind, read_torch
 
 # %% ../../nbs/02a_backbone.weights.ipynb #8d683665
 _by_hand = """cannot download the ImageNet weights {url} ({error}). Connect to the network, put the file at {dst}, \
 give pretrained="path/to/a/file", or start untrained with pretrained=False (on the command line: --weights none)"""
+_not_it = """what came from {url} is not the file that its name promises ({error}): damaged on the way, or changed \
+by its authors. Try again, or get it with a browser and put it at {dst}"""
+_patience = 30 # Seconds without an answer
+
+def _fetch(url, dst, checksum):
+    "Download `url` to `dst`; a web page in its place is an error"
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_patience)   # new connections give up after so long a silence
+    try: torch.hub.download_url_to_file(url, str(dst), hash_prefix=checksum)
+    finally: socket.setdefaulttimeout(before)
+    if checksum or not dst.exists(): return
+    if kind := other_kind(dst):
+        dst.unlink()
+        raise OSError(f'what came is {kind}')
 
 def download_weights(
     url:str, # Address, by custom ending in -HASH.pth
@@ -25,12 +45,12 @@ def download_weights(
     "Download a file of weights once; the error says where to put it by hand"
     dst = Path(torch.hub.get_dir())/'checkpoints'/url.rpartition('/')[2]
     checksum = re.search(r'-([0-9a-f]{8,})$', dst.stem)
-    try:
-        if not dst.exists():
-            dst.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(dst), hash_prefix=checksum and checksum[1])
-    except OSError as e: raise FileNotFoundError(_by_hand.format(url=url, error=e, dst=dst)) from e
+    if dst.exists(): return dst
+    try: _fetch(url, dst, checksum and checksum[1])
+    except (OSError,HTTPException) as e: raise FileNotFoundError(_by_hand.format(url=url, error=e, dst=dst)) from e
+    except RuntimeError as e: raise ValueError(_not_it.format(url=url, error=e, dst=dst)) from e
     return dst
+
 
 # %% ../../nbs/02a_backbone.weights.ipynb #1077339d
 def weights_by_hand(
@@ -44,37 +64,266 @@ def weights_by_hand(
         f'browser and save the file as {dst}, give pretrained="path/to/the/file", or start untrained with '
         'pretrained=False')
 
-# %% ../../nbs/02a_backbone.weights.ipynb #346afd1c
-_words = 'model','state_dict','model_state','net' # Under which training programs keep the weights
+# %% ../../nbs/02a_backbone.weights.ipynb #697a1da1
+_no_weights = re.compile(r'(?i)^opt|optim|sched|scaler|criterion|loss|queue|args|config')
 
-def _unwrapped(o):
-    "What stands under the first of `_words`, down to the innermost"
-    inner = next((o[k] for k in _words if isinstance(o.get(k), dict)), None) if isinstance(o, dict) else None
-    return o if inner is None else _unwrapped(inner)
+def _tensors(o):
+    "Entries of a dictionary that are tensors, or arrays of numbers"
+    arrays = {k:torch.as_tensor(v) for k,v in o.items() if isinstance(v, np.ndarray) and v.dtype.kind in 'fiub'}
+    return {k:arrays.get(k, v) for k,v in o.items() if k in arrays or isinstance(v, torch.Tensor)}
 
-def _without_prefix(state):
-    "`state` without the 'module.' and '_orig_mod.' that stand before every name"
-    if not state or not all(k.startswith(('module.','_orig_mod.')) for k in state): return state
-    return _without_prefix({k.partition('.')[2]:v for k,v in state.items()})
+def states_in(
+    o, # What a file held
+    where:str='', # Names that led to it
+)->dict: # The names that lead to each state, and the state
+    "All dictionaries of tensors in `o`"
+    if isinstance(o, (list,tuple)): o = {str(i):v for i,v in enumerate(o) if isinstance(v, dict)}
+    if not isinstance(o, dict) or not all(isinstance(k, str) for k in o): return {}
+    found = {}
+    for k,v in o.items():
+        if not _no_weights.search(k): found |= states_in(v, f'{where}.{k}'.strip('.'))
+    own = _tensors(o)
+    return found or ({where:own} if own else {})
+
+
+# %% ../../nbs/02a_backbone.weights.ipynb #c610fe61
+_averages = re.compile(r'(?i)(^|[._])(ema|swa|avg|averaged?)([._]|$)'),re.compile(r'(?i)teacher')
+_sources = (re.compile(r'(?i)encoder_q|online|^base|student'),)
+_usual = 'state_dict model model_state_dict model_state net network student backbone weights params'.split()
+
+def _size(state): return sum(v.numel() for v in state.values())
+def _shapes(state): return sorted(tuple(v.shape) for v in state.values() if v.ndim)
+
+def choose_state(
+    found:dict, # As `states_in` gives it
+)->str: # A name in `found`
+    "Which of the states of a file to take"
+    names = sorted(found, key=lambda k: -_size(found[k]))
+    copies = [k for k in names if _shapes(found[k])==_shapes(found[names[0]])]
+    averages = [k for pattern in _averages for k in copies if pattern.search(k)]
+    if averages and len(copies)>1: return averages[0]
+    large = [k for k in names if 100*_size(found[k])>=_size(found[names[0]])]
+    usual = [k for word in _usual for k in large if k.rpartition('.')[2]==word]
+    return [*usual, *names][0]
+
+# %% ../../nbs/02a_backbone.weights.ipynb #401764ed
+def _no_state(o, source, odd=None):
+    "What to say of something that is no state"
+    odd = odd or (list(o) if isinstance(o, dict) else []) or [type(o).__name__]
+    return (f'{source} is no plain dictionary of tensors, because of {reprlib.repr(odd[:3])}; '
+        'expected what torch.save(model.state_dict()) writes')
 
 def _check_state(o, source):
     "`o` if it is a dictionary from names to tensors"
-    if not isinstance(o, dict) or not o: odd = [type(o).__name__]
-    else: odd = [k for k,v in o.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)]
-    if odd: raise ValueError(f'{source} is no plain dictionary of tensors, because of {odd[:3]}; '
-        'expected what torch.save(model.state_dict()) writes')
+    if not isinstance(o, dict) or not o: raise ValueError(_no_state(o, source))
+    odd = [k for k,v in o.items() if not isinstance(v, torch.Tensor) or not isinstance(k, str)]
+    if odd: raise ValueError(_no_state(o, source, odd))
     return o
 
-# %% ../../nbs/02a_backbone.weights.ipynb #1d6384a9
+
+# %% ../../nbs/02a_backbone.weights.ipynb #f543d2fa
+_leftovers = {r'(.*[._])?(queue|memory)(_\w+)?(\..*)?':'memory of its training',
+    r'(.*\.)?n_averaged':'a count of its training',
+    r'(.*\.)?(projection_head|projector|prototypes|predictor)(\..*)?':'head of its training',
+    r'(.*\.)?(\w*(criterion|loss)\w*|margin\w*|centers|proxies)(\..*)?':'part of a loss'}
+
+def leftover(
+    name:str, # Of an entry
+)->str|None: # What it is
+    "Why an entry is no part of a network, if its name says so"
+    return next((why for pattern,why in _leftovers.items() if re.fullmatch(pattern, name)), None)
+
+def _grouped(state):
+    "The state by the first word of its names; leftovers are not counted"
+    groups = defaultdict(dict)
+    for k,v in state.items():
+        top,_,rest = k.partition('.')
+        if not leftover(k): groups[top if rest else ''][rest or k] = v
+    return groups
+
+def _copies(groups):
+    "Groups that are copies of another one, and of which"
+    for top,own in groups.items():
+        same = [o for o in groups if groups[o].keys()==own.keys()]
+        first = [o for pattern in (*_averages, *_sources) for o in same if pattern.search(o)]
+        if len(same)>1 and first: return {o:first[0] for o in same if o!=first[0]}
+    return {}
+
+
+# %% ../../nbs/02a_backbone.weights.ipynb #463c064e
+_wrappers = {'module','_orig_mod','model','net','network','encoder_q','student','teacher','ema'}
+
+@dataclass
+class Peeled:
+    "A state without what stands before its names"
+    state:dict # Name to tensor
+    prefix:str = '' # What was taken off
+    dropped:dict = field(default_factory=dict) # Name in the file to the reason why it was left out
+
+    def inside(self, top, groups):
+        "The same one word further down"
+        copies,gone = _copies(groups),dict(self.dropped)
+        for k in self.state:
+            first,_,rest = k.partition('.')
+            if first==top and rest in groups[top]: continue
+            why = f'copy of {copies[first]}' if first in copies else 'head of another project'
+            gone[self.prefix+k] = leftover(k) or why
+        return Peeled(groups[top], f'{self.prefix}{top}.', gone)
+
+
+# %% ../../nbs/02a_backbone.weights.ipynb #e5ef46cd
+def peelings(
+    peeled:Peeled, # Where to begin
+    known:set=None, # Words that may be taken off; None: any
+)->list: # Of `Peeled`, from the outside in
+    "The state, and what remains of it below each word that holds a good part of it"
+    groups = _grouped(peeled.state)
+    gone = _copies(groups)
+    tops = [k for k in groups if k and k not in gone and 4*_size(groups[k])>=_size(peeled.state)/(1+len(gone))]
+    if known: tops = [k for k in tops if k in known and not groups.keys()-{k}-gone.keys()]
+    inner = [peelings(peeled.inside(k, groups), known) for k in sorted(tops, key=lambda k: -_size(groups[k]))]
+    return [peeled, *sum(inner, [])]
+
+def unprefixed(
+    state:dict, # Name to tensor
+    fits:Callable=None, # Is this a state of a network that is known?
+    source:str|Path='the state', # Where it comes from, for the error
+)->Peeled: # The first that fits; if none does, without the usual wrappers of training programs
+    "Find the network in a state"
+    first = Peeled(state)
+    if fits:
+        found = [o for o in peelings(first) if fits(o.state)]
+        level = [o.prefix for o in found if o.prefix.count('.')==found[0].prefix.count('.')]
+        if len(level)>1: raise ValueError(f'{source} holds several networks, whose names begin with {", ".join(level)}: '
+            f'entry={level[0][:-1]!r} takes the first')
+        if found: return found[0]
+    return peelings(first, _wrappers)[-1]
+
+
+# %% ../../nbs/02a_backbone.weights.ipynb #8b1c363c
 def as_state(
     o, # What a file held
     source:str|Path='the state', # Where it comes from, for the error
 )->dict: # Name to tensor
-    "The dictionary of tensors in `o`, without the wrappings 'model', 'state_dict' and 'module.' of training programs"
-    o = _unwrapped(o)
-    if not isinstance(o, dict): return _check_state(o, source)
-    tensors = {k:torch.as_tensor(v) if isinstance(v, np.ndarray) else v for k,v in o.items() if k!='n_averaged'}
-    return _without_prefix(_check_state(tensors, source))
+    "The dictionary of tensors in `o`, without the wrappings and the prefixes of training programs"
+    found = states_in(o)
+    if not found: raise ValueError(_no_state(o, source))
+    return {k:v for k,v in unprefixed(found[choose_state(found)]).state.items() if k!='n_averaged'}
+
+
+# %% ../../nbs/02a_backbone.weights.ipynb #1d88dde3
+_our_head = r'(backbone|pool)\.|head\.(neck|classifier|reduce|post|branches|heads|parts|streams|attend|gate|models)\b'
+
+def _has(state, *patterns):
+    "Is there an entry for each pattern?"
+    return all(any(re.match(p, k) for k in state) for p in patterns)
+
+def _fastreid_era(state):
+    "'A', 'B' or 'C' for a file of FastReID, '' for another"
+    def has(name): return _has(state, rf'(heads|b1_head)\.{name}')
+    if has('bnneck') or has('classifier') and not has('bottleneck'): return 'A'
+    if has('classifier'): return 'B'
+    if not _has(state, r'backbone\.') or not has(''): return ''
+    return 'B' if _has(state, 'pixel_mean') else 'C'
+
+def project_of(
+    state:dict, # Name to tensor, without the prefixes of training programs
+)->str: # 'fastreid A', 'B' or 'C', 'bagtricks', 'transreid', 'torchreid', 'fastreid_nb', 'another project', 'imagenet'
+    "Which project wrote a file of weights"
+    if era := _fastreid_era(state): return f'fastreid {era}'
+    if _has(state, r'backbone\.', r'(?!backbone\.|pixel_)'):
+        ours = all(leftover(k) or re.match(_our_head, k) for k in state)
+        return 'fastreid_nb' if ours else 'another project'
+    if _has(state, r'base\.cls_token'): return 'transreid'
+    if _has(state, r'base\.'): return 'bagtricks'
+    if _has(state, r'fc\.1\.running_mean') or _has(state, r'conv5\.conv\.', r'conv2\.0\.gate\.'): return 'torchreid'
+    return 'torchreid' if _has(state, r'classifier\.') and not _has(state, r'features\.|blocks\.') else 'imagenet'
+
+
+# %% ../../nbs/02a_backbone.weights.ipynb #7925798e
+@dataclass
+class WeightsFile:
+    "The weights of one network in a file"
+    path:Path # File
+    state:dict # Name to tensor
+    project:str # As `project_of` says
+    said:list # What was chosen and taken off, in words
+    dropped:dict # Name in the file to the reason why it was left out
+    names:dict # Identity of each tensor to its name in the file
+    content:dict # All that the file holds
+
+def body_of(
+    state:dict, # Name to tensor
+)->dict: # Those of the backbone, or all if it has no name of its own
+    "The backbone of a whole model; where it was cut into branches, with the first branch"
+    inside = {k.partition('.')[2]:v for k,v in state.items() if k.startswith(('backbone.','base.'))}
+    first = {k.removeprefix('head.branches.0.'):v for k,v in state.items() if k.startswith('head.branches.0.')}
+    return first|inside or state
+
+def _entry(found, entry, path):
+    "The state that `entry` asks for: a dictionary in the file, or the entries whose names begin with that word"
+    for k,state in found.items():
+        if entry in (k, k.rpartition('.')[2]): return k,state
+    for k,state in found.items():
+        inside = {n.removeprefix(f'{entry}.'):v for n,v in state.items() if n.startswith(f'{entry}.')}
+        if inside: return f'{k}.{entry}'.strip('.'),inside
+    raise ValueError(f'{path} has no entry {entry!r}: its dictionaries of tensors are {list(found)}')
+
+
+# %% ../../nbs/02a_backbone.weights.ipynb #ef7a6847
+def _nothing_in(o, path):
+    "What to say of a file without a state"
+    if not isinstance(o, dict) or o.get('format')!='fastreid_nb': return _no_state(o, path)
+    who = f'{path} was written by version {str(o.get("version"))[:20]} of fastreid_nb'
+    return f'{who}; state is missing in it, which holds the weights: save it again, or get it again'
+
+def is_features(
+    o, # What a file held
+)->bool: # Was it written by `Features.save`?
+    "Is this a file of features?"
+    return isinstance(o, dict) and o.get('kind')=='fastreid_nb.Features'
+
+def read_weights(
+    path:str|Path, # File of weights of any form
+    entry:str='', # Which of several dictionaries in it, or the beginning of the names; '' chooses
+    fits:Callable=None, # Is a state one of a network that is known?
+)->WeightsFile: # Its state has neither wrappings nor prefixes
+    "Read a file of weights, whoever wrote it"
+    path = Path(path).expanduser()
+    o = read_torch(path)
+    if is_features(o): raise ValueError(f'{path} holds features, no weights: Features.load reads it')
+    found = states_in(o)
+    if not found: raise ValueError(_nothing_in(o, path))
+    where,state = _entry(found, entry, path) if entry else (k := choose_state(found), found[k])
+    others = [k for k in found if k!=where]
+    said,peeled = [],unprefixed(state, fits, path)
+    if others and not entry: said.append(f'weights of the entry {where} (`entry` chooses another: {", ".join(others)})')
+    if peeled.prefix: said.append(f'{peeled.prefix} removed from the names')
+    names = {id(v):k for k,v in state.items()}
+    return WeightsFile(path, peeled.state, project_of(peeled.state), said, peeled.dropped, names, o)
+
+
+# %% ../../nbs/02a_backbone.weights.ipynb #8be2cdda
+_parallel = nn.DataParallel,DistributedDataParallel,AveragedModel
+
+def bare_module(
+    net:nn.Module, # Any module
+)->nn.Module: # The module that is wrapped, or `net`
+    "Take off what `torch.compile`, `DataParallel` and `AveragedModel` put around a module"
+    inner = net._modules.get('_orig_mod') or (net.module if isinstance(net, _parallel) else None)
+    return net if inner is None else bare_module(inner)
+
+def bare_names(
+    net:nn.Module, # Any module
+)->dict: # Name without wrappers to the name in `net.state_dict()`
+    "What the entries of a network are called, whatever wraps its modules"
+    wrapped = [f'{k}.'.lstrip('.') for k,m in net.named_modules() if bare_module(m) is not m]
+    def bare(name):
+        for k in sorted(wrapped, key=len, reverse=True):
+            if name.startswith(k): name = k + name.removeprefix(k).partition('.')[2]
+        return name
+    return {bare(k):k for k in net.state_dict() if k!='n_averaged'}
+
 
 # %% ../../nbs/02a_backbone.weights.ipynb #38437262
 def _hint(missing, extra):
@@ -82,6 +331,13 @@ def _hint(missing, extra):
     for who,names in (('an IBN',extra), ('a plain',missing)):
         if any('.IN.' in k for k in names): return f' The file holds {who} network, this one is none of that kind.'
     return ''
+
+def _odd_types(own, state):
+    "Entries whose numbers are of another kind than the network's"
+    floats = [k for k,v in own.items() if v.is_floating_point() and k in state]
+    def plain(v): return v.is_floating_point() and v.itemsize>1 and v.layout==torch.strided and not v.is_meta
+    odd = {k:state[k] for k in floats if not plain(state[k])}
+    return [f'{k}: {v.dtype}, {v.layout}'.replace('torch.', '') for k,v in odd.items()]
 
 def _compare(own, state, ignore, new):
     "Names that the file lacks, names that the network lacks, and shapes that differ"
@@ -100,22 +356,35 @@ def fill_network(
     source:str|Path='the state', # Where it comes from, for the errors
     ignore:tuple=('fc.','classifier.'), # Beginnings of names that the file may have and the network not
     new:tuple=(), # Beginnings of names that the network may have and the file not
+    names:dict=None, # Identity of each tensor to its name in the file, for the errors
 )->list: # Names in `state` that were left out
     "Copy all of `state` into `net`, or nothing: every name, shape and number is checked first"
-    own,state = net.state_dict(),_check_state(state, source)
+    called = bare_names(net)
+    full,state = net.state_dict(),_check_state(state, source)
+    own = {k:full[n] for k,n in called.items()}
     found = _compare(own, state, tuple(ignore), tuple(new))
+    extra = found['not in the network']
+    found['not in the network'] = [(names or {}).get(id(state[k]), k) for k in extra]
     lines = [f'{what}: {len(o)}, such as {o[:3]}' for what,o in found.items() if o]
     if lines:
-        hint = _hint(found['missing in the file'], found['not in the network'])
-        first = f'{source} does not fit {type(net).__name__}; nothing was loaded.{hint}'
+        hint = _hint(found['missing in the file'], extra)
+        first = f'{source} does not fit {type(bare_module(net)).__name__}; nothing was loaded.{hint}'
         raise ValueError('\n'.join([first, *lines]))
     used = {k:v for k,v in state.items() if k in own}
+    _check_numbers(own, used, source)
+    net.load_state_dict({called[k]:v for k,v in used.items()}, strict=False)
+    return [k for k in state if k not in own]
+
+def _check_numbers(own, used, source):
+    "Are the weights numbers of the right kind?"
+    odd = _odd_types(own, used)
+    if odd: raise ValueError(f'{source}: {len(odd)} entries are no weights of floating point, such as {odd[:3]}; '
+        'nothing was loaded. Weights in whole numbers, as for small devices, need the file that they were made from')
     floats = {k:v.to(own[k].dtype) for k,v in used.items() if v.is_floating_point()}
     broken = [k for k,v in floats.items() if not v.isfinite().all()]
     if broken: raise ValueError(f'{source}: {len(broken)} entries hold NaN or infinity, such as {broken[:3]}; '
         'nothing was loaded. Was its training stable?')
-    net.load_state_dict(used, strict=False)
-    return [k for k in state if k not in own]
+
 
 # %% ../../nbs/02a_backbone.weights.ipynb #b06c9c6c
 def load_backbone(
@@ -126,11 +395,26 @@ def load_backbone(
     rename:Callable=None, # From the file's dictionary to one with the names of `net`
     new:tuple=(), # Beginnings of names that the network may have and the file not
 )->nn.Module: # `net`
-    "Fill a backbone from a file of ImageNet weights"
+    "Fill a backbone from a file of weights, of ImageNet or of a whole model"
     if pretrained is False or pretrained is None: return net
     source = (url() if callable(url) else url) if pretrained is True else pretrained
     remote = pretrained is True or str(pretrained).startswith('https://')
     path = download_weights(source) if remote else Path(source)
-    state = as_state(read_torch(path), path)
-    fill_network(net, rename(state) if rename else state, path, ignore, new)
+    own = {k for k in bare_names(net) if not k.startswith(tuple(new))} if new else set(bare_names(net))
+    def named(state): return rename(state) if rename else state
+    def fits(state): return 2*len(own & _try(named, state).keys())>=len(own)
+    file = read_weights(path, fits=lambda o: fits(o) or fits(body_of(o)))
+    state = file.state if fits(file.state) else body_of(file.state)
+    state = {k:v for k,v in named(state).items() if k in own or not leftover(k)}
+    full = net.state_dict()
+    other = [k for k in state if k.startswith(tuple(new)) and (k not in full or full[k].shape!=state[k].shape)]
+    whole = '' if file.project=='imagenet' else f' ({file.project}; load_pretrained reads it as a whole model)'
+    fill_network(net, {k:v for k,v in state.items() if k not in other}, f'{path}{whole}', ignore, new, file.names)
+    if file.said: print(f'{path.name}: {"; ".join(file.said)}')
     return net
+
+def _try(named, state):
+    "The state under the names of a network; nothing if it is another network's"
+    try: return named(state)
+    except (ValueError,KeyError,IndexError,RuntimeError): return {}
+

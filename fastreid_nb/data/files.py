@@ -8,11 +8,12 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/data.files.html.md"""
 __all__ = []
 
 # %% ../../nbs/00a_data.files.ipynb #8b6be963
-import codecs, contextlib, errno, math, numbers, os, re, secrets, socket, sys, zlib
+import codecs, contextlib, errno, json, math, numbers, os, re, secrets, socket, sys, warnings, zipfile, zlib
 from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
 from fastcore.imports import in_notebook
+from torch import nn
 from torch.serialization import safe_globals
 
 # %% ../../nbs/00a_data.files.ipynb #db450a5c
@@ -119,6 +120,133 @@ def atomic_path(
             with contextlib.suppress(OSError): tmp.unlink()
 
 # %% ../../nbs/00a_data.files.ipynb #2cab296f
+def keep_tensors(
+    o, # Anything that a file held
+)->dict|torch.Tensor|None: # Tensors on the CPU, in dictionaries as they were; None if there is none
+    "The tensors in `o`, and nothing else"
+    if isinstance(getattr(o, 'model', None), nn.Module): o = o.model
+    if hasattr(o, 'state_dict'): o = o.state_dict()
+    if isinstance(o, np.ndarray) and o.dtype!=object: o = torch.as_tensor(o)
+    if isinstance(o, torch.Tensor): return o.detach().cpu().as_subclass(torch.Tensor)
+    if not isinstance(o, dict): return None
+    kept = {str(k):keep_tensors(v) for k,v in o.items()}
+    return {k:v for k,v in kept.items() if v is not None} or None
+
+# %% ../../nbs/00a_data.files.ipynb #b4ae1dec
+_from_torch = 'look for the file of weights that it was made from'
+_packed = rb'\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!'
+_image = rb'\xff\xd8\xff|\x89PNG|GIF8|BM.{4}\0\0|RIFF'
+_starts = {rb'(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body|script)':
+        'a web page: open it in a browser and download the file that it offers',
+    rb'version https://git-lfs':'a Git LFS pointer, a note in place of the file: run git lfs pull in its repository',
+    rb'\x89HDF':f'an HDF5 file, as Keras and TensorFlow write: {_from_torch}, or convert it to PyTorch',
+    rb'\x93NUMPY':'an array of numpy: it has no names, and weights need them',
+    rb'....TFL3':f'a TensorFlow Lite network: {_from_torch}', rb'ftrt|ptrt':f'a TensorRT engine: {_from_torch}',
+    rb'GGUF|GGML|ggml':f'a GGUF file, a network in whole numbers: {_from_torch}',
+    rb'(?s)\s*<\?xml.*<net ':f'a network of OpenVINO: {_from_torch}', rb'\s*<':'an XML text, no weights: look into it',
+    _packed:'a compressed file: unpack it, and give the file of weights in it',
+    rb'(?s).{257}ustar':'a tar archive: unpack it, and give the file of weights in it',
+    _image:'an image', rb'%PDF':'a PDF document',
+    rb'\s*[{\[]\s*["{\[\]}]':'a JSON text: an index of several files, or the error of a server; look into it',
+    rb'\x08[\x01-\x14][\x12\x1a\x22\x28\x32\x3a\x42]':f'an ONNX network: {_from_torch}',
+    rb'\0{512}':'a file that begins with zeros: get it again'}
+_ends = {'.onnx':'an ONNX network', '.h5':'a file of Keras', '.pb':'a network of TensorFlow',
+    '.tflite':'a TensorFlow Lite network', '.caffemodel':'a network of Caffe', '.mlmodel':'a Core ML network',
+    '.trt':'a TensorRT engine', '.engine':'a TensorRT engine'}
+
+# %% ../../nbs/00a_data.files.ipynb #be3fc7e4
+_keep = 'from fastreid_nb.data.files import keep_tensors; torch.save(keep_tensors(o), new_path)'
+_convert = f'o = torch.load(path, map_location="cpu", weights_only=False); {_keep}'
+_unpickle = f'import pickle, torch; o = pickle.load(open(path, "rb"), encoding="latin1"); {_keep}'
+_trace = """a TorchScript file: torch.jit.load(path).state_dict() has its weights. If you trust where it comes from, \
+convert it: torch.save(torch.jit.load(path, map_location="cpu").state_dict(), new_path)"""
+_arrays = """an archive of numpy arrays: if they are weights of a PyTorch network, convert it with \
+torch.save({k:torch.as_tensor(v) for k,v in numpy.load(path).items()}, new_path)"""
+_exported = 'a program of torch.export: convert it with torch.save(torch.export.load(path).state_dict, new_path)'
+
+def _zip_kind(names):
+    "What a zip archive with these files is; '' for a file of torch's"
+    def some(end): return any(o.endswith(end) for o in names)
+    if some('constants.pkl') or any('/code/' in o for o in names): return _trace
+    if some('archive_format'): return _exported
+    if some('/data.pkl'): return ''
+    if names and all(o.endswith('.npy') for o in names): return _arrays
+    if some('.weights.h5'): return f'a network of Keras: {_from_torch}'
+    return f'a zip archive with {len(names)} files, such as {names[:2]}: unpack it, and give the file of weights in it'
+
+# %% ../../nbs/00a_data.files.ipynb #a2780cce
+_magic = b'\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19' # in the first bytes of torch's older form
+
+def _is_text(start):
+    "Do these bytes read as text?"
+    try: start.decode()
+    except UnicodeDecodeError as e: return e.start>len(start)-4 and b'\0' not in start   # cut inside a letter
+    return not re.search(rb'[\0-\x08\x0e-\x1a]', start)
+
+def other_kind(
+    path:Path, # File that is no readable file of weights
+)->str: # What it is and what to do; '' if nothing is known
+    "What a file is, by its first bytes"
+    with path.open('rb') as f: start = f.read(4096)
+    if not start: return 'empty, truncated or never written: get it again'
+    if start[:2]==b'PK' and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z: return _zip_kind(z.namelist())
+    if re.match(rb'\x80[\2-\5]', start): return '' if _magic in start[:32] else (
+        f'a pickle that torch did not write. If you trust where it comes from, convert it: {_unpickle}')
+    known = [text for pattern,text in _starts.items() if re.match(pattern, start)]
+    if known: return known[0]
+    beside = path.suffix=='.bin' and path.with_suffix('.xml').is_file()
+    named = 'the weights of an OpenVINO network' if beside else _ends.get(path.suffix.lower())
+    if named: return f'{named}: {_from_torch}'
+    return f'a text, which begins with {start[:30].decode(errors="ignore")!r}' if _is_text(start) else ''
+
+# %% ../../nbs/00a_data.files.ipynb #fc95c89b
+_dtypes = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, BOOL=torch.bool,
+    I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, C64=torch.complex64,
+    F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2)
+
+def is_safetensors(
+    path:Path, # Any file
+)->bool: # Does it begin like one?
+    "Is this a file of safetensors?"
+    with path.open('rb') as f: start = f.read(9)
+    return len(start)==9 and start[8:]==b'{' and int.from_bytes(start[:8], 'little')<=path.stat().st_size-8
+
+def _safe_tensor(data, dtype, shape, data_offsets):
+    "One tensor of a file of safetensors"
+    kind,(start,end) = _dtypes[dtype],data_offsets
+    n = math.prod(shape)
+    whole = 0<=start<=end<=len(data) and end-start==n*kind.itemsize
+    if not whole: raise ValueError(f'{data_offsets} of {len(data)} bytes')
+    if n==0: return torch.zeros(shape, dtype=kind)
+    return torch.frombuffer(data, dtype=kind, count=n, offset=start).view(shape)
+
+def read_safetensors(
+    path:Path, # File of safetensors
+)->dict: # Name to tensor
+    "The tensors of a file of safetensors"
+    with path.open('rb') as f:
+        table = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+        data = bytearray(f.read())
+    table.pop('__metadata__', None)
+    return {k:_safe_tensor(data, **spec) for k,spec in table.items()}
+
+# %% ../../nbs/00a_data.files.ipynb #c0bb9656
+def damaged_part(
+    path:Path, # Any file
+)->str|None: # Its name
+    "The first part of a zip archive whose checksum is wrong; a checksum of 0 was not written"
+    with path.open('rb') as f: start = f.read(2)
+    if start!=b'PK' or not zipfile.is_zipfile(path): return None
+    with zipfile.ZipFile(path) as z:
+        for part in z.infolist():
+            if not part.CRC: continue
+            try:
+                with z.open(part) as f:
+                    while f.read(2**20): pass
+            except Exception: return part.filename
+
+# %% ../../nbs/00a_data.files.ipynb #cb08a4f1
 def _numpy_globals():
     "The names under which numpy 1 and 2 store arrays and numbers"
     made = [np.ndarray, np.dtype, *(getattr(np.dtypes, o) for o in np.dtypes.__all__), codecs.encode]
@@ -127,30 +255,50 @@ def _numpy_globals():
         made += [(function, f'numpy.core.multiarray.{name}'), (function, f'numpy._core.multiarray.{name}')]
     return made
 
-_convert = """If you trust where it comes from, convert it once, with whatever installed that it asks for: \
-o = torch.load(path, map_location="cpu", weights_only=False); \
-torch.save(o.state_dict() if hasattr(o, "state_dict") else o.get("model", o.get("state_dict", o)), new_path)"""
+def _load(path):
+    "What a file of torch's or of safetensors holds"
+    if is_safetensors(path): return read_safetensors(path)
+    with safe_globals(_numpy_globals()), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: return torch.load(path, map_location='cpu', weights_only=True)
+        except UnicodeDecodeError: return torch.load(path, map_location='cpu', weights_only=True, encoding='latin1')
 
 def _why_not_read(path, what, e):
-    "Error for a file that torch refused with `e`: unsafe, or broken"
-    with path.open('rb') as f: is_pickle = f.read(2) in (b'PK', b'\x80\x02')   # torch's new and old form
-    if is_pickle and (unsafe := re.search(r'GLOBAL ([\w.]+)', str(e))):
+    "Error for a file that could not be read because of `e`: of another kind, unsafe, or broken"
+    if kind := other_kind(path): return ValueError(f'{path} is not a readable file of {what}: it is {kind}')
+    if unsafe := re.search(r'GLOBAL ([\w.]+)', str(e)):
         why = f'holds {unsafe[1]} beside its {what}, and reading that would run code from the file'
-        return ValueError(f'{path} {why}. {_convert}')
+        way_out = 'If you trust where it comes from, convert it once, with whatever installed that it asks for'
+        return ValueError(f'{path} {why}. {way_out}: {_convert}')
     why = f'is not a readable file of {what} ({type(e).__name__}, {path.stat().st_size:,} bytes)'
     why += ': truncated, or not written by torch.save'
     return ValueError(f'{path} {why}. If it was downloaded, delete it and download it again')
 
-def read_torch(
-    path:str|Path, # File written by `torch.save`
-    what:str='weights', # What it should hold, for the errors
-): # Tensors, numpy arrays and plain Python, on the CPU
-    "Read a file without running what is in it; the errors tell a missing, a broken and an unsafe file apart"
+# %% ../../nbs/00a_data.files.ipynb #7dc8a88c
+_endings = '.pth','.pt','.tar','.bin','.safetensors','.ckpt'
+
+def _regular(path, what):
+    "`path` as a `Path`, if it is a file"
     if str(path).startswith(('http:','https:')):
         way_out = 'download it, with a browser or download_weights, and give the file'
         raise FileNotFoundError(f'{path} is an address: {way_out}')
     path = Path(path).expanduser()
-    if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: expected one with {what}')
-    try:
-        with safe_globals(_numpy_globals()): return torch.load(path, map_location='cpu', weights_only=True)
+    if path.is_dir():
+        inside = sorted(o.name for o in path.iterdir() if o.suffix in _endings)
+        such_as = f', such as {inside[:3]}' if inside else ''
+        raise ValueError(f'{path} is a folder: give the file of {what} in it{such_as}')
+    if not path.exists(): raise FileNotFoundError(f'there is no file {path}: expected one with {what}')
+    if not path.is_file(): raise ValueError(f'{path} is no regular file: expected one with {what}')
+    return path
+
+def read_torch(
+    path:str|Path, # File written by `torch.save`, or of safetensors
+    what:str='weights', # What it should hold, for the errors
+): # Tensors, numpy arrays and plain Python, on the CPU
+    "Read a file without running what is in it; the errors tell a missing, a broken, a foreign and an unsafe file apart"
+    path = _regular(path, what)
+    part = damaged_part(path)
+    if part: raise ValueError(f'{path} is damaged: the checksum of {part} in it is wrong. Get the file again')
+    try: return _load(path)
+    except PermissionError: raise
     except Exception as e: raise _why_not_read(path, what, e) from e

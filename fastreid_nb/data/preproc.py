@@ -40,7 +40,7 @@ class Preproc:
         object.__setattr__(self, 'size', tuple(map(int, self.size)))
         if len(self.mean)!=len(self.std) or not all(0<=o<=1 for o in self.mean) or not all(0<o<=1 for o in self.std):
             got = f'mean {self.mean} and std {self.std}'
-            raise ValueError(f'{got}: expected one number in [0,1] per channel, std above 0 (not 0 to 255)')
+            raise ValueError(f'{got}: expected values in [0,1], one per channel, std above 0, as images are')
         if self.resample not in _filters:
             raise ValueError(f'resample {self.resample!r}: expected one of {list(_filters)}')
 

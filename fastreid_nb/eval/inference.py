@@ -24,7 +24,8 @@ from ..data.files import check_number, has_screen
 from ..data.preproc import Preproc
 from ..augment.loaders import plain_dl
 from ..heads.model import eval_mode
-from ..train.core import Amp, ReIDLearner, best_dtype, check_dtype
+from ..heads.speed import best_dtype
+from ..train.core import Amp, ReIDLearner, check_dtype
 from .core import ReIDResult
 from .features import Features, cosine_dist, evaluate
 

@@ -49,7 +49,9 @@ class Ensemble(nn.Module):
         self.sizes = [o and tuple(o) for o in sizes]
         self.n_cams = max(getattr(m, 'n_cams', 0) for m in models)
         self.preproc = getattr(models[0], 'preproc', None)
-        self.pids,self.threshold,self.origin,self.n_epochs = [],None,None,0
+        shared = all(m.pids==models[0].pids for m in models if hasattr(m, 'pids'))
+        self.pids = list(getattr(models[0], 'pids', [])) if shared else []
+        self.threshold,self.origin,self.n_epochs = None,None,0
 
     def _view(self, x, size):
         if size is None or tuple(x.shape[2:])==size: return x

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..data.files import check_choice
+from ..data.files import check_choice, later
 from ..data.preproc import Preproc
 from ..backbone.resnet import as_ours, resnet50
 from ..backbone.timmnets import timm_backbone, timm_name
@@ -24,9 +24,10 @@ from .core import BNNeckHead, ReIDOut
 
 # %% ../../nbs/04a_heads.model.ipynb #e93532ed
 def backbone_preproc(net):
-    "How images are read for a backbone: as its `mean`, `std` and `img_size` say, else as `Preproc` has it"
-    said = dict(size=getattr(net, 'img_size', None), mean=getattr(net, 'mean', None), std=getattr(net, 'std', None))
-    return Preproc(**{k:tuple(v) for k,v in said.items() if v is not None})
+    "How images are read for a backbone: as its attributes say, else as `Preproc` has it"
+    said = dict(size=getattr(net, 'img_size', None), resample=getattr(net, 'resample', None), mean=getattr(net, 'mean', None),
+        std=getattr(net, 'std', None))
+    return Preproc(**{k:v for k,v in said.items() if v is not None})
 
 # %% ../../nbs/04a_heads.model.ipynb #15844f66
 class ReIDModel(nn.Module):
@@ -35,7 +36,7 @@ class ReIDModel(nn.Module):
         backbone:nn.Module, # (B,3,H,W) to (B,C,h,w)
         pool:nn.Module, # (B,C,h,w) to (B,C)
         head:nn.Module, # (B,C) to `ReIDOut`
-        preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
+        preproc:Preproc=None, # How images are read; by default as attributes of the backbone say
         test_on:str='emb', # What evaluation gives: 'emb', 'feat' before the neck, or 'logits' to classify
     ):
         super().__init__()
@@ -158,13 +159,19 @@ def _plain(o):
 
 _unwritten = ('pretrained','preproc')
 
+def _name(fn):
+    "Public name of a function of this library, the full path of any other"
+    name = fn.__qualname__
+    if not fn.__module__.startswith('fastreid_nb.'): return f'{fn.__module__}.{name}'
+    if later(name) is not fn: raise TypeError
+    return name
+
+# %% ../../nbs/04a_heads.model.ipynb #041a87c6
 def _call(piece):
     piece = as_ours(piece)
     fn,args,kw = (piece.func,piece.args,piece.keywords) if isinstance(piece, partial) else (piece,(),{})
     if args: kw = {**dict(zip(inspect.signature(fn).parameters, args)), **kw}
-    ours = fn.__module__.startswith('fastreid_nb.')
-    name = fn.__qualname__ if ours else f'{fn.__module__}.{fn.__qualname__}'
-    return dict(fn=name, kw={k:_plain(v) for k,v in kw.items() if k not in _unwritten})
+    return dict(fn=_name(fn), kw={k:_plain(v) for k,v in kw.items() if k not in _unwritten})
 
 def _describe(piece):
     try: return None if isinstance(piece, nn.Module) else _call(piece)
@@ -176,7 +183,7 @@ def reid_model(
     n_pids:int=0, # Number of training identities, 0 to search only
     pool:callable=None, # Gives a module (B,C,h,w) to (B,C); by default `GeM`, or `GlobalAvgPool` for a `signed_map`
     head:callable=BNNeckHead, # Takes (n_feat, n_pids) and gives a module (B,C) to `ReIDOut`, or such a module
-    preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
+    preproc:Preproc=None, # How images are read; by default as attributes of the backbone say
     test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'
 )->ReIDModel: # Untrained except for what `backbone` loads; `model.recipe` says how it was made
     "Put a model together from three pieces"

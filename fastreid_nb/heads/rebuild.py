@@ -17,24 +17,28 @@ from .model import ReIDModel, _describe, reid_model
 
 # %% ../../nbs/04b_heads.rebuild.ipynb #613f28db
 _dotted = re.compile(r'(?:fastreid_nb(?:\.\w+)+\.)?([A-Za-z]\w*)') # Files of version 0.0.1 name the module too
+# Public name of version 0.0.1 to the present one
 _old_names = dict(AvgPool='GlobalAvgPool', MaxPool='GlobalMaxPool', from_timm_name='timm_backbone',
     mobilenet_v2='mobilenetv2', mobilenet_v3='mobilenetv3', shufflenet_v2='shufflenetv2',
-    ResNet='resnet', ResNeSt='resnest', OSNet='osnet', RepVGG='repvgg') # Public name of version 0.0.1 to the present one
+    ResNet='resnet', ResNeSt='resnest', OSNet='osnet', RepVGG='repvgg')
 _old_args = dict(resnet=dict(depth='variant'), resnest=dict(depth='variant'), osnet=dict(kind='variant'),
     timm_backbone=dict(spec='name')) # Present name of a function to its arguments, old to new
 _old_args |= {o:dict(size='variant') for o in ('mobilenetv3','efficientnet','regnet','repvgg','vit','transreid')}
 
+_reading = {'pretrained','path','config'} # Arguments that read files; no recipe needs them
+
 def _public(piece, name):
     "The public function or class `name` of this library, if it makes networks"
-    m = _dotted.fullmatch(name)
-    if not m: raise ValueError(f'the recipe makes its {piece} with {name}, which is not part of fastreid_nb '
+    m = _dotted.fullmatch(str(name))
+    if not m: raise ValueError(f'the recipe makes its {piece} with {str(name)[:99]}, which is not part of fastreid_nb '
         'and is therefore not run: build the model yourself and pass it')
     name = _old_names.get(m[1], m[1])
     fn = getattr(import_module('fastreid_nb.all'), name, None)
     if not getattr(fn, '__module__', '').startswith('fastreid_nb.'):
         raise ValueError(f'fastreid_nb has no public name {name}: is this recipe from another version?')
     makes = fn if isinstance(fn, type) else inspect.signature(fn).return_annotation
-    if isinstance(makes, type) and issubclass(makes, nn.Module): return fn
+    reads = {'path','config'} & inspect.signature(fn).parameters.keys()
+    if isinstance(makes, type) and issubclass(makes, nn.Module) and not reads: return fn
     raise ValueError(f'the recipe makes its {piece} with {name}, which makes no part of a network '
         'and is therefore not run')
 
@@ -47,6 +51,9 @@ def _find(name, spec):
     fn = _public(name, spec['fn'])
     new = _old_args.get(fn.__name__, {})
     kw = {new.get(k, k):v for k,v in spec['kw'].items()}
+    off = sorted(_reading & kw.keys())
+    if off: raise ValueError(f'the recipe gives {off} to {fn.__name__}, which would read a file, '
+        'and is therefore not run: build the model yourself and pass it')
     return partial(fn, **{k:_find(k, v) if _is_spec(v) else v for k,v in kw.items()})
 
 # %% ../../nbs/04b_heads.rebuild.ipynb #280ead49

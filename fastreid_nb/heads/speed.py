@@ -96,7 +96,7 @@ def _block(speed, device, training, bs):
             if training: torch.autograd.grad([y.sum() for y in ys], [o for part in parts for o in part])
     return run
 
-# %% ../../nbs/04i_heads.speed.ipynb #ed98ec35
+# %% ../../nbs/04i_heads.speed.ipynb #cc43fc14
 def _dtypes(device):
     "The precisions that may pay on a device, the usual one first"
     if device.type=='cpu': return [torch.float32, torch.bfloat16]
@@ -117,6 +117,7 @@ def _measure(runs, device):
     if device.type!='cpu': return time_in_turn(runs, device, budget=.6)
     with _threads(1): return time_in_turn(runs, device, budget=.6, clock=time.thread_time)
 
+# %% ../../nbs/04i_heads.speed.ipynb #693dcdda
 @lru_cache
 def _fastest(kind, training):
     device = torch.device(kind)
@@ -188,7 +189,7 @@ def _tell(best, times, n, device):
     how = f'{best.speed}{", compiled" if best.compiled else ""}'
     print(f'Inference in {how}: {n/min(times[best]):.0f} images/s on this {device.type}, {ratio:.1f} × float32, channels last (measured).')
 
-# %% ../../nbs/04i_heads.speed.ipynb #e15a4196
+# %% ../../nbs/04i_heads.speed.ipynb #690b0a71
 def fastest_model(
     model:nn.Module, # (B,3,H,W) float in [0,1] to (B,D); it is left as it is
     xb:torch.Tensor, # A batch of the size to be used later, (B,3,H,W), on the device of the model
@@ -200,7 +201,7 @@ def fastest_model(
     x,device = (plain_tensor(xb), *cams),xb.device
     def measure(models): return time_in_turn({o:partial(o, *x) for o in models}, device, budget)
     with torch.inference_mode():
-        ways = _ways(getattr(model, '_orig_mod', model).eval(), device)
+        ways = _ways(getattr(model, '_orig_mod', model), device)
         want = ways[0](*x)
         times = measure([ways[0], *(o for o in ways[1:] if _agrees(o, x, want))])
         best = quickest(times, .02)

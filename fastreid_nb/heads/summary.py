@@ -32,6 +32,7 @@ def _parts(net, prefix=''):
         res += _parts(m, f'{prefix}{n}.') if inside else [(prefix+n, m)]
     return res
 
+# %% ../../nbs/04h_heads.summary.ipynb #5f396556
 def _shape(o):
     if isinstance(o, ReIDOut): o = o.emb
     several = isinstance(o, (list,tuple)) and o and all(isinstance(p, torch.Tensor) for p in o)

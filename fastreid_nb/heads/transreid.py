@@ -65,6 +65,7 @@ def transreid(
     img_size:tuple=(256,128), # Height and width of the images, pixels
     stride:int|tuple=12, # Step between patches of 16×16 pixels (the paper's; 16 is faster)
     n_cams:int=0, # Cameras with an embedding; 0: none
+    n_views:int=0, # Viewpoints with an embedding; 0: none
     sie_weight:float=3., # Weight of that embedding
     shift:int=4, # Patches that move from the front to the end: 4 for people, 7 for vehicles
     preproc:Preproc=None, # How images are read; by default of `img_size`, with a mean and standard deviation of a half
@@ -73,7 +74,7 @@ def transreid(
     pretrained:bool|str|Path=False, # ImageNet weights of the transformer, as in `vit`
 )->ReIDModel: # Embeddings of 5 times the width of the transformer
     "TransReID with jigsaw branches (He et al. 2021) and, with `n_cams`, side information"
-    net = vit(variant, img_size, stride, n_cams, sie_weight=sie_weight, tokens='trunk', pretrained=pretrained)
+    net = vit(variant, img_size, stride, n_cams, n_views, sie_weight=sie_weight, tokens='trunk', pretrained=pretrained)
     head = JigsawHead(Jigsaw(net, shift=shift), net.n_feat, n_pids)
     for o in (net.blocks[-1], net.norm): o.requires_grad_(False)
     preproc = preproc or Preproc(img_size, mean=(.5,.5,.5), std=(.5,.5,.5))

@@ -8,33 +8,46 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.checkpoint.html.md"""
 __all__ = ['save_reid', 'load_reid']
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #0eddd31c
+import re, reprlib
+from dataclasses import fields
 from pathlib import Path
 import torch
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .. import __version__
 from torch import nn
-from ..data.files import atomic_path, check_number, read_torch
+from ..data.files import atomic_path, check_choice, check_number, read_torch
 from ..data.preproc import Preproc
-from ..backbone.weights import fill_network
+from ..backbone.weights import as_state, bare_module, bare_names, fill_network, is_features, project_of, states_in
+from ..heads.core import ReIDOut
 from ..heads.model import ReIDModel
 from ..heads.rebuild import model_from_recipe
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #32687a2f
-def plain_state(model):
-    "Name to tensor on the CPU, under the names of the model before `torch.compile`"
-    return {k.replace('_orig_mod.', ''):v.detach().cpu().contiguous() for k,v in model.state_dict().items()}
+def plain_state(
+    model:nn.Module, # Any model, compiled or wrapped for several graphics cards or not
+)->dict: # Name to tensor, on the CPU
+    "The weights of a model under its own names; weights that are no finite numbers are refused"
+    full = model.state_dict()
+    odd = [k for k,v in full.items() if not isinstance(v, torch.Tensor) or v.is_quantized]
+    if odd: raise ValueError(f'{type(model).__name__} holds entries that are no plain tensors, such as {odd[:3]}: '
+        'keep the model that it was made from')
+    state = {k:full[n].detach().cpu().contiguous() for k,n in bare_names(model).items()}
+    broken = [k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken: raise ValueError(f'{len(broken)} weights are NaN or infinite, such as {broken[:3]}; nothing was saved. '
+        'Training diverged: a smaller learning rate or float32 may help')
+    return state
 
-def uncompiled(model):
-    "The model inside what `torch.compile` made of it"
-    return getattr(model, '_orig_mod', model)
 
-# %% ../../nbs/06b_train.checkpoint.ipynb #40c26c41
-def check_finite(model):
-    "Refuse to keep weights that are no numbers"
-    broken = [k for k,v in model.state_dict().items() if v.is_floating_point() and not v.isfinite().all()]
-    if broken: raise ValueError(f'nothing was saved: {len(broken)} weights of the model hold NaN or infinity, such as '
-        f'{broken[0]}; did training diverge? Try a lower lr')
+# %% ../../nbs/06b_train.checkpoint.ipynb #c02201e1
+def check_norm(
+    preproc:Preproc, # How images are read
+):
+    "Are mean and std values of pixels in [0,1]?"
+    mean,std = preproc.mean,preproc.std
+    ok = len(mean)==len(std) and all(0<=o<=1 for o in mean) and all(0<o<=1 for o in std)
+    if not ok: raise ValueError(f'mean={mean}, std={std}: expected values in [0,1], std above 0, as images are')
+
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #a04249f9
 def save_reid(
@@ -44,14 +57,16 @@ def save_reid(
     threshold:float=None, # Distance below which two images count as one identity; by default `model.threshold`
 ):
     "Save a model with all that is needed to use it, in one file"
-    if getattr(model, 'preproc', None) is None: raise ValueError(
-        f'{type(model).__name__} does not say how its images are read: set model.preproc to the Preproc it was trained with')
+    state,model = plain_state(model),bare_module(model)
+    preproc = getattr(model, 'preproc', None)
+    if preproc is None: raise ValueError(f'{type(model).__name__} does not say how its images are read: '
+        'set model.preproc to the Preproc it was trained with')
+    check_norm(preproc)
     pids = getattr(model, 'pids', []) if pids is None else pids
     threshold = getattr(model, 'threshold', None) if threshold is None else threshold
     if threshold is not None: check_number('threshold', threshold, 0)
-    check_finite(model)
-    ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=plain_state(model),
-        preproc=model.preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
+    ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=state,
+        preproc=preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
         threshold=None if threshold is None else float(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)))
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(ck, f)
 
@@ -64,16 +79,70 @@ def save_reid(self:Learner,
     save_reid(path, self.model, self.dls.pids, threshold)
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #d2391e3b
+def is_ours(
+    content, # What a file held
+)->bool: # Was it written by `save_reid`?
+    "Is this a checkpoint of this library?"
+    return isinstance(content, dict) and content.get('format')=='fastreid_nb'
+
+def _numbers(version): return [int(o) for o in re.findall(r'\d+', version)]
+
+def _who(ck, path):
+    "Who wrote a checkpoint, and what to do if that was a later version"
+    version = str(ck.get('version', 'unknown'))[:20]
+    later = _numbers(version)>_numbers(__version__)
+    advice = 'update this library (pip install --upgrade fastreid-nb)' if later else 'save it again, or get it again'
+    return f'{path} was written by version {version} of fastreid_nb, this is {__version__}', advice
+
+# %% ../../nbs/06b_train.checkpoint.ipynb #d28819a8
+def _not_ours(content, path):
+    "Why a file is no checkpoint, and what reads it"
+    what = f'{path} is no fastreid_nb checkpoint'
+    if is_features(content): return f'{what}: it holds features, which Features.load reads'
+    if states_in(content):
+        return f'{what} but a file of weights ({project_of(as_state(content))}): load_pretrained reads it'
+    return f'{what}: it holds {reprlib.repr(list(content)) if isinstance(content, dict) else type(content).__name__}'
+
+
+# %% ../../nbs/06b_train.checkpoint.ipynb #42bb0b57
+_parts = dict(state=dict, preproc=dict, pids=(list,tuple), test_on=(str,type(None)), recipe=(dict,type(None)))
+
 def _read_checkpoint(path):
+    "A checkpoint whose parts are all there"
     ck = read_torch(path, 'a model (a checkpoint of save_reid)')
-    if isinstance(ck, dict) and ck.get('format')=='fastreid_nb': return ck
-    raise ValueError(f'{path} is no fastreid_nb checkpoint: it holds {list(ck)[:5] if isinstance(ck, dict) else type(ck).__name__}')
+    if not is_ours(ck): raise ValueError(_not_ours(ck, path))
+    who,advice = _who(ck, path)
+    ck = dict(test_on=None, recipe=None, threshold=None)|ck
+    odd = [k for k,kind in _parts.items() if not isinstance(ck.get(k), kind)]
+    if odd: raise ValueError(f'{who}; {", ".join(odd)} is missing in it or of another kind than here: {advice}')
+    return ck
 
+def _read_preproc(ck, path):
+    "How images are read, as the file says"
+    (who,advice),known = _who(ck, path),[o.name for o in fields(Preproc)]
+    new,lack = [k for k in ck['preproc'] if k not in known],[k for k in known[:4] if k not in ck['preproc']]
+    names = ', '.join(str(o)[:20] for o in (new or lack)[:5])
+    if new: raise ValueError(f'{who}; its images are read in a way that is not known here ({names}): {advice}')
+    if lack: raise ValueError(f'{who}; it does not say how its images are read ({names} missing): {advice}')
+    try:
+        preproc = Preproc.from_dict(ck['preproc'])
+        check_norm(preproc)
+    except (ValueError,TypeError) as e: raise ValueError(f'{path}: {e}') from e
+    return preproc
+
+
+# %% ../../nbs/06b_train.checkpoint.ipynb #cd323adf
 def _rebuild(ck, path):
+    "The model that the recipe describes"
     try: return model_from_recipe(ck['recipe'])
-    except (KeyError,TypeError) as e: raise ValueError(f'{path} was written by version {ck["version"]} and cannot be rebuilt '
-        f'by {__version__} ({e}): build the model yourself and pass it') from e
+    except ValueError as e: why = str(e)
+    except (KeyError,TypeError,AttributeError,IndexError,RuntimeError,MemoryError,RecursionError,ImportError) as e:
+        why = f'it cannot be rebuilt by {__version__} ({type(e).__name__}: {str(e)[:200]}): build the model yourself'
+    who,advice = _who(ck, path)
+    raise ValueError(f'{who}; {why}'+(f', or {advice}' if advice.startswith('update') else ''))
 
+
+# %% ../../nbs/06b_train.checkpoint.ipynb #b67838ca
 def load_reid(
     path:str|Path, # Written by `save_reid`
     model:nn.Module=None, # Model to load into; by default rebuilt from the recipe in the file
@@ -81,9 +150,13 @@ def load_reid(
 )->ReIDModel: # In evaluation mode, with the `preproc`, `pids`, `threshold` and `n_epochs` of the file
     "Load a model together with its preprocessing"
     ck = _read_checkpoint(path)
+    preproc = _read_preproc(ck, path)
     if model is None: model = _rebuild(ck, path)
-    fill_network(uncompiled(model), ck['state'], path, ignore=())
-    model.preproc = Preproc.from_dict(ck['preproc'])
-    if 'test_on' in ck: model.test_on = ck['test_on']
-    model.pids,model.threshold,model.n_epochs = ck['pids'],ck['threshold'],ck.get('n_epochs', 0)
+    wrapped = not bare_names(model).keys() & ck['state'].keys()   # version 0.0.1 kept the names of torch.compile
+    fill_network(model, as_state(ck['state'], path) if wrapped else ck['state'], path, ignore=())
+    inner = bare_module(model)
+    inner.preproc = preproc
+    if ck['test_on'] is not None: inner.test_on = check_choice('test_on', ck['test_on'], ReIDOut._fields)
+    inner.pids,inner.threshold,inner.n_epochs = ck['pids'],ck['threshold'],ck.get('n_epochs', 0)
     return model.to(device, memory_format=torch.channels_last).eval()
+

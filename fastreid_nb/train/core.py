@@ -313,10 +313,10 @@ def reid_learner(
             torch.manual_seed(seed)
             model = reid_model(backbone, len(dls.pids), pool, head)
         model.preproc,model.pids = _built_preproc(model.backbone, dls.preproc),list(dls.pids)
-    check_classes(model, len(dls.pids))
     dls = share_preproc(model, dls)
+    check_classes(model, len(dls.pids))
     speed = fastest(dls.device) if dtype is None else Speed(dtype)
-    model,loss = model.to(memory_format=speed.memory_format),loss or reid_loss()
+    model,loss = model.to(dls.device, memory_format=speed.memory_format),loss or reid_loss()
     if isinstance(loss, nn.Module): loss.to(dls.device)
     cbs = [*(o() for o in reid_cbs), later('ScoreReID')(), Amp(dtype), *L(cbs)]
     return ReIDLearner(dls, model, loss, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=True, train_bn=False,

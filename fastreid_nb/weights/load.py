@@ -7,104 +7,321 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/weights.load.html.md"""
 # %% auto #0
 __all__ = ['load_pretrained']
 
-# %% ../../nbs/13a_weights.load.ipynb #531b688e
-import inspect
-from dataclasses import replace
+# %% ../../nbs/13a_weights.load.ipynb #16f849a0
+import inspect, re
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 import torch
-from ..data.files import check_choice, read_torch
-from ..data.preproc import Preproc
-from ..backbone.weights import as_state, fill_network
-from ..backbone.timmnets import timm_backbone, timm_name
+from torch import nn
+from ..data.files import check_choice
+from ..backbone.weights import bare_names, body_of, fill_network, leftover, project_of, read_weights
+from ..backbone.timmnets import TimmBackbone, timm_backbone, timm_name
+from ..heads.core import BNNeckHead, LinearHead, ReductionHead
 from ..heads.model import ReIDModel, reid_model
 from ..heads.parts import detect_mgn
 from ..heads.transreid import detect_transreid
-from ..train.checkpoint import load_reid
-from .core import Origin, _check_config, _era_options, _guess, _head, _head_state, _leave_out, _pools, _settle, _show, _split, _vit_options, _with, detect_backbone, file_source, read_config
+from ..train.checkpoint import is_ours, load_reid
+from .core import (Call, WeightsOrigin, check_config, detect_backbone, era_options, our_head, pool_names,
+    read_config, settle, side_options, usual_settings, vit_options)
 
-# %% ../../nbs/13a_weights.load.ipynb #ddb87750
-def _pool(s): return s['pool'] if callable(s['pool']) else _pools[check_choice('pool', str(s['pool']).lower(), _pools)]
+# %% ../../nbs/13a_weights.load.ipynb #c5c94ba4
+_bare = 'imagenet','timm','another project' # Files whose head, if there is one, is left out
 
-def _whole(path, plain, source, cfg, given, s, origin):
-    "Models whose files have a form of their own, or None"
-    if found := detect_mgn(plain):
-        make,res = found
-        net = make.keywords['backbone']
-        _check_config({k:v for k,v in cfg.items() if k in ('ibn','se')}, net, path)
-        net = _with(net, last_stride=s['last_stride'], **_era_options(source, net, given, origin))
-        more = {} if any(k.endswith('pool.p') for k in res) else dict(pool=_pool(s))
-        return _with(make, backbone=net, cosine=s['cosine'], **more), res
-    if found := detect_transreid(plain):
-        make,res = found
-        origin.assumed = [o for o in origin.assumed if not o.startswith('last_stride')]
-        origin.assumed += [f'{k}={v}' for k,v in {'shift':'4 (for people; vehicles have 7)', 'sie_weight':'3'}.items() if k not in given['options']]
-        return _with(make, **_vit_options(res['backbone.pos_embed'].shape[1], source, given, s, origin, path)), res
-    if source=='fastreid_nb' and any(k.startswith(('head.branches','head.heads')) for k in plain): raise ValueError(
-        f'{path} is the state of a part model, which does not say how it was built: keep models with save_reid, or build it and call fill_network(model, state)')
+def split_state(
+    state:dict, # Name to tensor
+    project:str, # As `project_of` says
+)->tuple: # Entries of the backbone without its prefix, and all others
+    "Backbone and head of a state"
+    body = body_of(state)
+    if body is not state: return body,{k:v for k,v in state.items() if not k.startswith(('backbone.','base.'))}
+    head = {k for k in state if project=='torchreid' and re.match(r'(fc|classifier)\.', k)}
+    return {k:v for k,v in state.items() if k not in head},{k:state[k] for k in state if k in head}
 
-# %% ../../nbs/13a_weights.load.ipynb #736eb9c9
-def _assemble(path, state, source, cfg, given, origin):
-    "What builds the model that the state belongs to, the state under its names, and the settings"
-    s = _settle(given, cfg, _guess(source, state), origin)
-    plain = {k:v for k,v in state.items() if not k.startswith('pixel_')}
-    if found := _whole(path, plain, source, cfg, given, s, origin): return *found, s
-    body,rest = _split(state, source)
-    make,strided = given['backbone'],False
-    if make is None:
+def is_known(
+    state:dict, # Name to tensor
+)->bool: # Can it be built?
+    "Does a state belong to a network that is recognised?"
+    if detect_mgn(state) or detect_transreid(state): return True
+    try: return bool(detect_backbone(split_state(state, project_of(state))[0]))
+    except ValueError: return False
+
+# %% ../../nbs/13a_weights.load.ipynb #40f9ff54
+def find_head(
+    state:dict, # Entries of the head, under our names
+    cosine:bool, # Logits as cosines?
+    project:str, # As `project_of` says
+)->tuple: # `partial` of the head, number of its classes
+    "The head whose weights are in a state"
+    rows,reduce = state.get('head.classifier.weight'),state.get('head.reduce.weight')
+    neck,n_pids = 'head.neck.weight' in state,0 if rows is None else len(rows)
+    if project in _bare: return partial(BNNeckHead, cosine=cosine),0
+    if reduce is None: return partial(BNNeckHead if neck else LinearHead, cosine=cosine),n_pids
+    norm,bias = 'head.post.0.weight' in state,'head.reduce.bias' in state
+    act = None if not norm else 'leaky' if project=='fastreid A' else 'relu'
+    return partial(ReductionHead, n_emb=len(reduce), neck=neck, cosine=cosine, bias=bias, norm=norm, act=act),n_pids
+
+# %% ../../nbs/13a_weights.load.ipynb #7dc214fd
+@dataclass
+class Spec:
+    "What to build, and what to fill it with"
+    net:Call # The backbone
+    state:dict # Name to tensor, under our names
+    whole:Call = None # A function that makes the whole model; None: `reid_model`
+    pool:Callable = None # Pooling; None: this library's choice
+    head:Callable = BNNeckHead # Head
+    n_pids:int = 0 # Identities of the classifier
+    test_on:str = 'emb' # What evaluation gives
+    images:dict = field(default_factory=dict) # Fields of `Preproc`
+    given:tuple = () # Those of them that the caller gave; of the others, a backbone of the caller's may know better
+    own:bool = False # Did the backbone come from the caller?
+    keep_rows:bool = True # Keep the file's classifier?
+
+    def call(self):
+        "The whole call"
+        kw = dict(n_pids=self.n_pids)
+        if self.whole is not self.net: kw = dict(backbone=self.net.partial())|kw
+        if self.whole is not None: return Call(self.whole.fn, self.whole.kw|kw)
+        return Call(reid_model, kw|dict(pool=self.pool, head=self.head, test_on=self.test_on))
+
+    def told(self, net):
+        "What a backbone says itself about its images"
+        names = dict(size='img_size')|(dict(mean='mean', std='std', resample='resample') if self.own else {})
+        return {k:getattr(net, name) for k,name in names.items() if getattr(net, name, None) is not None}
+
+    def build(self):
+        "The model, untrained"
+        model = self.call().partial()()
+        told = self.told(model.backbone)
+        size = tuple(told.get('size', self.images['size']))
+        if 'size' in self.given and size!=tuple(self.images['size']): raise ValueError(
+            f'size={self.images["size"]}, but {self.net.name} sees images of {size}: give the same size twice, or once')
+        model.preproc = replace(model.preproc, **self.images|{k:v for k,v in told.items() if k not in self.given})
+        return model
+
+# %% ../../nbs/13a_weights.load.ipynb #ed708bb4
+def find_pool(
+    pool:str|Callable, # fast-reid's name, or a function that makes one
+)->Callable: # Function that makes one
+    "A pooling by its name"
+    return pool if callable(pool) else pool_names[check_choice('pool', str(pool).lower(), pool_names)]
+
+def _spec_mgn(found, cfg, given, settings, origin):
+    "fast-reid's MGN"
+    whole = Call.of(found[0])
+    net = Call.of(whole.kw['backbone'])
+    check_config({k:v for k,v in cfg.items() if k in ('ibn','se')}, net, origin.path)
+    net.add(last_stride=settings['last_stride'], **era_options(origin.source, net, given, origin))
+    whole.add(cosine=settings['cosine'])
+    if not any(k.endswith('pool.p') for k in found[1]): whole.add(pool=find_pool(settings['pool']))
+    return Spec(net, found[1], whole, n_pids=whole.kw['n_pids'])
+
+def _spec_transreid(found, given, settings, origin):
+    "TransReID with its branches"
+    whole,state = Call.of(found[0]),found[1]
+    usual = {'shift':'4 (for people; vehicles have 7)', 'sie_weight':'3'}
+    origin.assumed += [f'{k}={v}' for k,v in usual.items() if k not in given['options']]
+    _add_vit(whole, state, 'backbone.', given, settings, origin)
+    return Spec(whole, state, whole, n_pids=whole.kw['n_pids'])
+
+# %% ../../nbs/13a_weights.load.ipynb #0c459df9
+def _add_vit(net, state, prefix, given, settings, origin):
+    "Options of a transformer that its entries tell; rows of other cameras leave the state"
+    n_tokens = state[f'{prefix}pos_embed'].shape[1]
+    net.add(**vit_options(n_tokens, origin.source, given, settings['size'], origin))
+    side = state.get(f'{prefix}sie_embed')
+    if side is None: return
+    options,fits = side_options(len(side), given, origin)
+    net.add(**{k:v for k,v in options.items() if v or k in net.kw})
+    if not fits: del state[f'{prefix}sie_embed']
+
+# %% ../../nbs/13a_weights.load.ipynb #72338a57
+def _pool(given, settings, origin):
+    "A pooling; that of a bare backbone is this library's choice, which depends on its map"
+    if origin.source not in _bare or given['pool'] is not None: return find_pool(settings['pool'])
+    origin.assumed.append("pool: this library's choice (a classifier of ImageNet wants the mean)")
+
+def _body_spec(body, cfg, given, settings, origin):
+    "The call that builds the backbone, and its state; strides that leave no trace are assumed"
+    if given['backbone']: net,strided = Call.of(given['backbone']),False
+    else:
         make,body,strided = detect_backbone(body)
-        _check_config(cfg, make, path)
-        make = _with(make, **_era_options(source, make, given, origin))
-        if strided: make = _with(make, last_stride=s['last_stride'])
-        if 'pos_embed' in body: make = _with(make, **_vit_options(body['pos_embed'].shape[1], source, given, s, origin, path))
-        if 'sie_embed' in body: origin.assumed.append(f'{len(body["sie_embed"])} rows of side information, one per camera counted from 0, with a weight of 3')
+        net = Call.of(make)
+        check_config(cfg, net, origin.path)
+        net.add(**era_options(origin.source, net, given, origin))
+        if strided: net.add(last_stride=settings['last_stride'])
+        if 'pos_embed' in body: _add_vit(net, body, '', given, settings, origin)
     if not strided: origin.assumed = [o for o in origin.assumed if not o.startswith('last_stride')]
-    head,n_pids = _head(rest := _head_state(rest), s['cosine'], source)
-    res = {f'backbone.{k}':v for k,v in body.items()}|rest
-    own = source=='imagenet' and given['pool'] is None
-    kw = dict(test_on='feat') if source=='transreid' else {}
-    if kw: origin.assumed.append('test_on=feat (what TransReID searches with)')
-    pool = None if own else _pool(s)
-    return partial(reid_model, backbone=make, n_pids=n_pids, pool=pool, head=head, **kw), res, s
+    return net,body
 
-# %% ../../nbs/13a_weights.load.ipynb #39686472
-def _set_options(make, given, s):
-    "The caller's options and the normalisation, for the function that needs them; a wrong option is refused"
-    net = make.keywords.get('backbone')
-    target = net if isinstance(net, partial) else make
-    extra = given['options']|{k:given[k] for k in ('last_stride','stem_pool','dilation') if given[k] is not None}
-    unknown = [k for k in extra if k not in inspect.signature(target.func).parameters]
-    if unknown: raise ValueError(f'{target.func.__name__} has no option {unknown[0]}: it has '
-        f'{[k for k in inspect.signature(target.func).parameters if k!="pretrained"]}')
-    own = given['backbone'] is not None and given['mean'] is None and given['std'] is None
-    norm = {} if own else dict(preproc=Preproc(s['size'], s['resample'], s['mean'], s['std']))
-    if target is not make: norm,extra = norm|dict(backbone=_with(net, **extra)),{}
-    return _with(make, **norm, **extra)
+def _spec_plain(state, cfg, given, settings, origin):
+    "Backbone, pooling and head in a row"
+    body,rest = split_state(state, origin.source)
+    if origin.source=='another project':
+        origin.dropped |= {k:'head of another project' for k in rest}
+        rest = {}
+    net,body = _body_spec(body, cfg, given, settings, origin)
+    if origin.source=='torchreid' and not rest: origin.assumed.append('no layer behind the pooling (the file has none)')
+    rest = our_head(rest)
+    head,n_pids = find_head(rest, settings['cosine'], origin.source)
+    whole_state = {f'backbone.{k}':v for k,v in body.items()}|rest
+    res = Spec(net, whole_state, pool=_pool(given, settings, origin), head=head, n_pids=n_pids)
+    if origin.source=='transreid':
+        res.test_on = 'feat'
+        origin.assumed.append('test_on=feat (what TransReID searches with)')
+    return res
 
-def _finish(make, state, s, keep_rows, origin):
-    "Build, fill and try the model"
-    model = make()
-    if hasattr(model.backbone, 'adapt'):
-        body = model.backbone.adapt({k.removeprefix('backbone.'):v for k,v in state.items() if k.startswith('backbone.')})
-        state = {k:v for k,v in state.items() if not k.startswith('backbone.')}|{f'backbone.{k}':v for k,v in body.items()}
+# %% ../../nbs/13a_weights.load.ipynb #ab69d13e
+_fields = 'size','resample','mean','std'
+
+def find_spec(
+    state:dict, # Name to tensor
+    cfg:dict, # As `read_config` gives it
+    given:dict, # What the caller wants
+    origin:WeightsOrigin, # Where guesses are written down
+)->Spec: # What to build
+    "The model that a state belongs to"
+    settings = settle(usual_settings(origin.source, state), given, cfg, origin)
+    plain = {k:v for k,v in state.items() if not k.startswith('pixel_')}
+    origin.dropped |= {k:'is in the mean and std of the model' for k in state if k.startswith('pixel_')}
+    if found := detect_mgn(plain): spec = _spec_mgn(found, cfg, given, settings, origin)
+    elif found := detect_transreid(plain): spec = _spec_transreid(found, given, settings, origin)
+    else: spec = _spec_plain(plain, cfg, given, settings, origin)
+    if spec.whole is spec.net: origin.assumed = [o for o in origin.assumed if not o.startswith('last_stride')]
+    spec.own,spec.images = given['backbone'] is not None,{k:settings[k] for k in _fields}
+    spec.given = tuple(k for k in _fields if given[k] is not None)
+    _add_options(spec, given)
+    return spec
+
+def _add_options(spec, given):
+    "The caller's options for the backbone, and the number of classes"
+    asked = {k:given[k] for k in ('last_stride','stem_pool','dilation') if given[k] is not None}
+    spec.net.add(**given['options'], **asked)
+    if given['size'] and 'img_size' in spec.net.options: spec.net.kw.setdefault('img_size', tuple(given['size']))
+    if given['n_pids'] is not None: spec.n_pids,spec.keep_rows = given['n_pids'],False
+
+# %% ../../nbs/13a_weights.load.ipynb #5bfa58a3
+_reasons = {r'(heads\.)?classifier(_\d)?\.bias':'our classifiers have no bias',
+    r'backbone\.(fc|head|head_dist|classifier|linear|last_linear|output)\..*':'classifier of ImageNet',
+    r'(head\.)(.*\.)?classifier\.weight':'classifier of other identities'}
+
+def _reason(name, model):
+    "Why an entry has no place in a model"
+    ignore = tuple(f'backbone.{o}' for o in getattr(model.backbone, 'ignore', ()))
+    if ignore and name.startswith(ignore): return 'classifier of ImageNet'
+    return next((why for p,why in _reasons.items() if re.fullmatch(p, name)), leftover(name))
+
+def leave_out(
+    spec:Spec, # Its `state` loses entries
+    model:ReIDModel, # Built from it
+    names:dict, # Identity of each tensor to its name in the file
+    ignore:tuple, # Beginnings of names in the file that the caller leaves out
+    origin:WeightsOrigin, # Where the reasons are written down
+):
+    "Take the entries without a place out of a spec, with their reasons"
     own = model.state_dict()
-    state = _leave_out(state, own, keep_rows, origin)
-    new = () if any(k.endswith('classifier.weight') for k in state) else tuple(k for k in own if k.endswith('classifier.weight'))
-    new += tuple(k for k in own if k.endswith('pool.p') and k not in dict(model.named_parameters()))
-    fill_network(model, state, origin.path, ignore=(), new=new+(('head.','pool.') if origin.source=='imagenet' else ()))
-    size = tuple(getattr(model.backbone, 'img_size', None) or s['size'])
-    model.preproc = replace(model.preproc, size=size, resample=s['resample'])
-    with torch.no_grad(): model.eval()(torch.zeros(1, model.mean.shape[1], *size))
+    for k,v in list(spec.state.items()):
+        name = names.get(id(v), k)
+        asked = bool(ignore) and name.startswith(tuple(ignore))
+        if not asked and k in own and (spec.keep_rows or not k.endswith('classifier.weight')): continue
+        why = 'left out by the caller' if asked else _reason(k, model)
+        if not why: continue
+        theirs = asked or leftover(k) or why=='classifier of ImageNet' and origin.source in _bare
+        origin.dropped[name.removeprefix('backbone.').removeprefix('net.') if theirs else k] = why
+        del spec.state[k]
+
+# %% ../../nbs/13a_weights.load.ipynb #3516e0cf
+def _adapted(state, net):
+    "The state with the backbone's entries in the form that the backbone wants"
+    body = {k.removeprefix('backbone.'):v for k,v in state.items() if k.startswith('backbone.')}
+    rest = {k:v for k,v in state.items() if not k.startswith('backbone.')}
+    return rest|{f'backbone.{k}':v for k,v in net.adapt(body).items()}
+
+def _may_be_new(model, spec, origin):
+    "Beginnings of names that the model may have and the file not"
+    own,learned = model.state_dict(),dict(model.named_parameters())
+    new = [k for k in own if k.endswith('pool.p') and k not in learned]
+    def rows(names): return [k for k in names if k.endswith('classifier.weight')]
+    if not rows(spec.state): new += rows(own)
+    if 'sie_embed' in origin.dropped: new.append('backbone.sie_embed')
+    return tuple(new)+(('head.','pool.') if origin.source in _bare else ())
+
+def build_model(
+    spec:Spec, # What to build
+    names:dict, # Identity of each tensor to its name in the file
+    ignore:tuple, # Beginnings of names in the file that the caller leaves out
+    origin:WeightsOrigin, # Where reasons are written down
+)->ReIDModel: # In evaluation mode
+    "Build, fill and try a model"
+    model = spec.build()
+    known = tuple(f'{k}=' for k in spec.told(model.backbone)) if spec.own else ()
+    origin.assumed = [o for o in origin.assumed if not o.startswith(known)]
+    if hasattr(model.backbone, 'adapt'): spec.state = _adapted(spec.state, model.backbone)
+    leave_out(spec, model, names, ignore, origin)
+    fill_network(model, spec.state, origin.path, (), _may_be_new(model, spec, origin), names)
+    with torch.no_grad(): model.eval()(torch.zeros(1, model.mean.shape[1], *model.preproc.size))
     return model.to(memory_format=torch.channels_last)
 
-# %% ../../nbs/13a_weights.load.ipynb #a68a0fd2
+# %% ../../nbs/13a_weights.load.ipynb #ef15365f
+def _ours(file, given):
+    "A checkpoint of ours, which needs no help"
+    wrong = [k for k,v in given.items() if v is not None and v!={}]
+    if wrong: raise ValueError(f'{file.path} was written by save_reid and knows all about itself: '
+        f'{wrong} cannot be given for it')
+    model = load_reid(file.path)
+    model.origin = WeightsOrigin(str(file.path), 'fastreid_nb', f'version {file.content.get("version")}')
+    return model
+
+def _config(config, path):
+    "A config as a dictionary, and its name"
+    beside = path.with_name('config.yaml')
+    if isinstance(config, dict): return config,''
+    if config is None and not beside.is_file(): return {},''
+    return read_config(config or beside),str(config or beside.name)
+
+def fits_backbone(
+    backbone:Callable, # Of the caller; None if it is to be found
+)->Callable: # From a state to a truth value
+    "What tells whether a state belongs to the caller's backbone, or to one that is recognised"
+    if not callable(backbone): return is_known
+    net = backbone()
+    own = bare_names(net).keys()
+    def known(body): return 2*len(own & (net.adapt(body) if hasattr(net, 'adapt') else body).keys())>=len(own)
+    def fits(state):
+        try: return known(body_of(state)) or known(state)
+        except ValueError: return False   # timm cannot convert them
+    return fits
+
+# %% ../../nbs/13a_weights.load.ipynb #4d309d1c
+def _is_timm(backbone):
+    "Does a function make a backbone of timm?"
+    if backbone is None: return False
+    return inspect.signature(getattr(backbone, 'func', backbone)).return_annotation is TimmBackbone
+
+def _foreign(file, given):
+    "A model of a file that knows only its weights"
+    parts = file.project=='fastreid_nb' and any(k.startswith(('head.branches','head.heads')) for k in file.state)
+    if parts: raise ValueError(f'{file.path} is the state of a part model, which does not say how it was built: '
+        'keep models with save_reid, or build it and call fill_network(model, state)')
+    cfg,name = _config(given.pop('config'), file.path)
+    ignore = given.pop('ignore')
+    project = 'timm' if _is_timm(given['backbone']) and file.project in ('imagenet','torchreid') else file.project
+    origin = WeightsOrigin(str(file.path), project, config=name, said=file.said, dropped=file.dropped)
+    spec = find_spec(file.state, cfg, given, origin)
+    model = build_model(spec, file.names, ignore, origin)
+    bare = origin.source=='imagenet' and not origin.dropped
+    if bare: origin.assumed.append('weights of ImageNet (the file has no classifier that would tell)')
+    model.origin,origin.made = origin,repr(spec.call())
+    return model
+
+# %% ../../nbs/13a_weights.load.ipynb #af271282
 def load_pretrained(
     path:str|Path, # File of weights, as its authors published it
-    config:str|Path|dict=None, # fast-reid's config.yaml, or what `read_config` gives; by default the one beside the file, {} for none
+    config:str|Path|dict=None, # Config of fast-reid, or what `read_config` gives; None: that beside the file; {}: none
     backbone:str|Callable=None, # Function or 'timm/NAME' that gives the backbone, if it is none that is recognised
     n_pids:int=None, # Identities of a new classifier in place of the file's; 0 for none
-    size:tuple=None, # (height, width) of its pictures
+    size:tuple=None, # (height, width) of its images, pixels
     last_stride:int=None, # Stride of the last stage
     pool:str|Callable=None, # Pooling: fast-reid's name for it, or a function that makes one
     mean:tuple=None, # Subtracted from each channel, in the [0,1] space of the input
@@ -112,29 +329,20 @@ def load_pretrained(
     cosine:bool=None, # Logits as cosines?
     stem_pool:str=None, # First max pooling: 'pad' or 'ceil'
     dilation:bool=None, # Dilated last stage, in a ResNeSt?
-    resample:str=None, # How its pictures are resized: 'bicubic' or 'bilinear'
-    options:dict=None, # Further options of the network, such as the `stride` and `n_cams` of a transformer
+    resample:str=None, # How its images are resized: 'bicubic' or 'bilinear'
+    options:dict=None, # Further options of the network, such as `stride`, `n_cams` and `n_views` of a transformer
+    entry:str='', # Which of several networks in the file: a dictionary in it, or the beginning of the names
+    ignore:tuple=(), # Beginnings of names in the file that are left out
     verbose:bool=True, # Print `origin`?
-)->ReIDModel: # In evaluation mode, with attributes `preproc`, `pids`, `threshold` and `origin`
-    "A published network, ready to embed, evaluate or train on: FastReID, BagTricks, TransReID, torchreid, ImageNet, or ours"
-    given = dict(size=size, last_stride=last_stride, pool=pool, mean=mean, std=std, cosine=cosine, stem_pool=stem_pool, dilation=dilation,
-        resample=resample, backbone=partial(timm_backbone, timm_name(backbone)) if isinstance(backbone, str) else backbone, options=options or {})
-    path,o = Path(path).expanduser(),read_torch(path)
-    if isinstance(o, dict) and o.get('format')=='fastreid_nb': return _ours(path, o, given, n_pids)
-    state,beside = as_state(o, path),path.with_name('config.yaml')
-    cfg = config if isinstance(config, dict) else read_config(config or beside) if config or beside.is_file() else {}
-    origin = Origin(str(path), file_source(state), config=str(config or beside.name) if cfg and not isinstance(config, dict) else '')
-    make,state,s = _assemble(path, state, origin.source, cfg, given, origin)
-    make = _set_options(make, given, s)
-    if n_pids is not None: make = _with(make, n_pids=n_pids)
-    model = _finish(make, state, s, n_pids is None, origin)
-    model.origin,origin.made = origin,_show(make)
-    if verbose: print(origin)
-    return model
-
-def _ours(path, o, given, n_pids):
-    wrong = [k for k,v in given.items() if v is not None and v!={}]+(['n_pids'] if n_pids is not None else [])
-    if wrong: raise ValueError(f'{path} was written by save_reid and knows all about itself: {wrong} cannot be given for it')
-    model = load_reid(path)
-    model.origin = Origin(str(path), 'fastreid_nb', f'version {o["version"]}')
+)->ReIDModel: # In evaluation mode; `origin` says what was assumed
+    "A published network, ready to use: FastReID, BagTricks, TransReID, torchreid, timm, ImageNet, or ours"
+    if isinstance(backbone, str): backbone = partial(timm_backbone, timm_name(backbone))
+    if isinstance(backbone, nn.Module): raise ValueError('backbone is a network: give the function that makes it')
+    given = dict(size=size, last_stride=last_stride, pool=pool, mean=mean, std=std, cosine=cosine, n_pids=n_pids,
+        stem_pool=stem_pool, dilation=dilation, resample=resample, backbone=backbone, options=options or {})
+    file = read_weights(path, entry, fits_backbone(backbone))
+    if is_ours(file.content): return _ours(file, given)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    model = _foreign(file, given|dict(config=config, ignore=ignore))
+    if verbose: print(model.origin)
     return model
