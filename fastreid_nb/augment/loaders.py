@@ -8,18 +8,20 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/augment.loaders.html.md"""
 __all__ = ['ReIDDataset', 'ReIDLoader', 'PKLoader', 'plain_dl', 'reid_dls', 'ItemAugs']
 
 # %% ../../nbs/01e_augment.loaders.ipynb #9e4df331
+import multiprocessing, os, pickle, re, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from itertools import chain
 from warnings import warn
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.load import _loaders
+from fastai.data.load import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
 from fastai.data.transforms import IntToFloatTensor, Transform
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_device
 from fastcore.basics import chunked, defaults, patch
 from torch.utils.data import get_worker_info
 from ..data.core import ReIDData
+from ..data.files import check_number
 from ..data.images import TableImages
 from ..data.preproc import Preproc
 from .core import apply_augs, bagtricks_augs
@@ -52,17 +54,50 @@ class ReIDDataset:
         x = self.preproc.load(self._pixels(i))
         return x, TensorCategory(int(self.pid[i])), TensorCategory(int(self.camid[i]))
 
+# %% ../../nbs/01e_augment.loaders.ipynb #23ccde2d
+shared_memory = '/dev/shm'   # where processes exchange batches, on Linux
+
+def _free_files():
+    "How many more files this process may open; a large number where that is not known"
+    try:
+        import resource
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir('/proc/self/fd'))
+    except (ImportError, OSError): return 10**6
+
+def short_of(
+    n:int, # Workers
+    size:tuple, # (height, width) of an image, pixels
+    bs:int, # Images in a batch
+)->str: # A sentence; '' if there is enough
+    "What `n` workers lack, if anything: shared memory, or files that may be open"
+    need = (2*n+2)*bs*3*size[0]*size[1]   # bytes: two batches of each worker, and those in use
+    n_files = 16*n+32
+    free = shutil.disk_usage(shared_memory).free if os.path.isdir(shared_memory) else need
+    way_out = f'give fewer num_workers than {n} (0 always works)'
+    if n and free<need: return (f'{shared_memory} has {free/2**20:.0f} MB of shared memory left, {n} workers with batches '
+        f'of {bs} need {need/2**20:.0f} MB: {way_out}, or a container more of it (docker run --shm-size=1g)')
+    if n and _free_files()<n_files: return (f'the system allows this process {_free_files()} more open files, {n} '
+        f'workers need about {n_files}: {way_out}, or allow more (ulimit -n 4096)')
+    return ''
+
+def usual_workers(size, bs):
+    "One worker per processor, at most 8, and no more than there is room for"
+    return next(n for n in range(min(8, defaults.cpus), -1, -1) if not short_of(n, size, bs))
+
 # %% ../../nbs/01e_augment.loaders.ipynb #226ff816
 class ReIDLoader(TfmdDL):
     "Batches of a `ReIDDataset`, each made in one tensor of bytes"
     exact = True   # as in `Preproc.resize`
+    patience = 45   # seconds that a worker may take for a batch
     def __init__(self,
         dataset:ReIDDataset, # Images, identities and cameras
         bs:int=64, # Images in a batch
-        num_workers:int=None, # Processes; by default one per processor, at most 8
+        num_workers:int=None, # Processes; by default one per processor, at most 8, fewer if memory is short
         **kwargs, # Passed to fastai's `TfmdDL`
     ):
-        if num_workers is None: num_workers = min(8, defaults.cpus)
+        if bs is not None: check_number('bs', bs, 1, whole=True)
+        if num_workers is None: num_workers = usual_workers(dataset.preproc.size, bs or 1)
+        check_number('num_workers', num_workers, 0, whole=True)
         super().__init__(dataset, bs=bs, num_workers=num_workers, **kwargs)
 
     def _rows(self, samples): return samples   # row of each sample of an epoch
@@ -105,6 +140,21 @@ def create_batches(self:ReIDLoader,
     if get_worker_info(): return (self._fill(s, rows, self._read(rows)) for s,rows in todo)
     return self._ahead(todo, max(1, min(4, defaults.cpus-1)))
 
+# %% ../../nbs/01e_augment.loaders.ipynb #4d7f98c6
+class _WorkerBatches(_MultiProcessingDataLoaderIter):
+    "torch's iterator over the batches of workers, with an end to its patience"
+    def __init__(self, loader, patience):
+        self.patience = patience
+        super().__init__(loader)
+
+    def _get_data(self):
+        "The next batch; every few seconds torch looks whether all workers are alive"
+        start = time.monotonic()
+        while time.monotonic()-start<self.patience:
+            came,data = self._try_get_data(min(5, self.patience))
+            if came: return data
+        raise RuntimeError(f'timed out after {self.patience} seconds')
+
 # %% ../../nbs/01e_augment.loaders.ipynb #ec59d502
 @patch(as_prop=True)
 def pins(self:ReIDLoader)->bool:
@@ -117,27 +167,92 @@ def sample(self:ReIDLoader):
     return (o for i,o in enumerate(self._todo) if i//(self.bs or 1)%self.num_workers==self.offs)
 
 @patch
+def _check_room(self:ReIDLoader):
+    "Refuse to start more workers than there is room for"
+    lack = short_of(self.fake_l.num_workers, self.dataset.preproc.size, self.bs or 1)
+    if lack: raise RuntimeError(lack)
+
+@patch
 def _deliver(self:ReIDLoader):
     "As fastai's `__iter__`, but for a copy from pinned memory that does not wait"
     self.randomize()
     self.before_iter()
     self._todo = self.get_idxs()
     self.fake_l.pin_memory = self.pins
-    for b in _loaders[self.fake_l.num_workers==0](self.fake_l):
+    alone = self.fake_l.num_workers==0
+    batches = _SingleProcessDataLoaderIter(self.fake_l) if alone else _WorkerBatches(self.fake_l, self.patience)
+    for b in batches:
         if type(b)==list: b = tuple(b)   # what pinning makes of a tuple
         if self.device is not None: b = to_device(b, self.device, non_blocking=self.pins)
         yield self.after_batch(b)
     self.after_iter()
     if hasattr(self, 'it'): del self.it
 
+# %% ../../nbs/01e_augment.loaders.ipynb #ad0cbab3
+_stories = {'timed out':'A process that reads images gave no batch for {patience} seconds: is the disk slow, an '
+        'augmentation blocked, or shared memory full (docker run --shm-size=1g)? Try fewer num_workers, or 0',
+    'too many open files|ancdata':'The processes that read images have too many files open: try fewer num_workers, 0 '
+        'always works, or allow more files (ulimit -n 4096)',
+    'shared memory|bus error|no space left':'The processes that read images have no shared memory left: try fewer '
+        'num_workers, 0 always works, or give a container more of it (docker run --shm-size=1g)',
+    'killed by signal|exited unexpectedly|connection|EOFError':'The system ended a process that reads images, most '
+        'often for want of memory: try fewer num_workers, or 0'}
+
+def _story(e, patience):
+    "What happened to the workers, if `e` tells of it; else ''"
+    said = f'{type(e).__name__} {e}'
+    found = (v for k,v in _stories.items() if re.search(k, said, re.I))
+    return next(found, '').format(patience=patience)
+
+def _own_words(e):
+    "The message of an error in a worker, without the worker's traceback"
+    told = re.search(rf'\n(?:[\w.]+\.)?{type(e).__name__}: (.*)\Z', str(e), re.S)
+    kind = next(o for o in type(e).__mro__ if o in (FileNotFoundError, ValueError, TypeError))
+    return kind(told[1].strip()) if told and str(e).startswith('Caught ') else None
+
+@patch
+def _explain(self:ReIDLoader, e):
+    "Raise `e`, an error while batches were made, in words that help"
+    if isinstance(e, (ValueError,FileNotFoundError,TypeError)) and (short := _own_words(e)): raise short from None
+    theirs = isinstance(e, (RuntimeError,OSError,EOFError)) and not isinstance(e, (FileNotFoundError,PermissionError))
+    story = _story(e, self.patience) if theirs and self.fake_l.num_workers else ''
+    if not story: raise e
+    raise RuntimeError(f'{story}. ({printable_line(e)})') from e
+
+def printable_line(e):
+    "The first line of an error"
+    return (str(e) or type(e).__name__).strip().splitlines()[0][:200]
+
 @patch
 def __iter__(self:ReIDLoader):
-    try: yield from self._deliver()
-    except (RuntimeError,ConnectionError,EOFError) as e:
-        ended = 'killed by signal' in str(e) or 'exited unexpectedly' in str(e)
-        if isinstance(e, RuntimeError) and not ended: raise
-        why = 'The system ended a process that reads images, most often for want of memory'
-        raise RuntimeError(f'{str(e) or type(e).__name__} {why}: try fewer num_workers, or 0') from e
+    n = 0
+    self._check_room()
+    check_sendable(self)
+    try:
+        for b in self._deliver():
+            n += 1
+            yield b
+    except Exception as e: self._explain(e)
+    if n<len(self): raise RuntimeError(f'{n} of {len(self)} batches came: a process that reads images ended early; '
+        'try fewer num_workers, or 0')
+
+# %% ../../nbs/01e_augment.loaders.ipynb #82e661c5
+def _can_be_sent(o):
+    try: pickle.dumps(o)
+    except (pickle.PicklingError,AttributeError,TypeError): return False
+    return True
+
+def check_sendable(
+    dl:ReIDLoader, # Loader about to start its workers
+    method:str=None, # How a process is started: 'fork' copies it; by default as the system does
+):
+    "Refuse augmentations and samplers that workers cannot be sent"
+    if not dl.fake_l.num_workers or (method or multiprocessing.get_start_method())=='fork': return
+    pieces = {f'augmentation {i}':o for i,o in enumerate(getattr(dl, 'augs', []))}
+    pieces |= {k:getattr(dl, k) for k in ('batches',) if hasattr(dl, k)}
+    stuck = [f'{k} ({getattr(o, "__qualname__", repr(o))})' for k,o in pieces.items() if not _can_be_sent(o)]
+    if stuck: raise ValueError(f'{" and ".join(stuck)} cannot be sent to worker processes: write it as a function with '
+        'a name in a file that is imported, or use num_workers=0')
 
 # %% ../../nbs/01e_augment.loaders.ipynb #aaf0bed9
 class ToFloat(IntToFloatTensor):
@@ -145,6 +260,8 @@ class ToFloat(IntToFloatTensor):
     def encodes(self, x:TensorImage):
         if x.device.type!='cpu': return x.float().div_(self.div)
         return TensorImage(torch.from_numpy(np.empty(x.shape, np.float32)).copy_(x).div_(self.div))
+
+    def encodes(self, x:TensorCategory): return x   # found at once: a search that fails would keep the batch in memory
 
 # %% ../../nbs/01e_augment.loaders.ipynb #0cb49803
 def draw_epoch(
@@ -177,6 +294,8 @@ class PKLoader(ReIDLoader):
         skip_bad:bool=False, # Replace an image that cannot be read by the next one of its identity?
         **kwargs, # Passed to `ReIDLoader`
     ):
+        for name,val,low in (('p',p,1), ('k',k,1), ('seed',seed,0)): check_number(name, val, low, whole=True)
+        if p*k<2: raise ValueError('p·k = 1 image: a batch needs two or more, and a triplet loss p of 2 or more')
         self.p,self.k,self.augs,self.seed,self.batches,self.skip_bad = p,k,list(augs),seed,batches,skip_bad
         self.bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()   # rows, seen by all workers
         self.n_told = 0
@@ -250,6 +369,8 @@ def plain_dl(
 # %% ../../nbs/01e_augment.loaders.ipynb #61233c30
 def _check_splits(data):
     "Refuse data without training images, with distractors among them, or without a test"
+    if not isinstance(data, ReIDData): raise ValueError(
+        f'data is a {type(data).__name__}: expected ReIDData, from a reader or from_df, from_csv, from_folder')
     if not len(data.train):
         raise ValueError(f'{data.name!r} has no training images: expected two identities or more')
     n_distractors = int((data.train.pid<0).sum())
@@ -276,6 +397,7 @@ def reid_dls(
 )->DataLoaders: # With attributes `data`, `preproc` and `pids`
     "fastai DataLoaders: P×K training batches, and queries then gallery for validation"
     _check_splits(data)
+    check_number('val_bs', val_bs, 1, whole=True)
     preproc,device = preproc or Preproc(size),device or default_device()
     pids = np.unique(data.train.pid).tolist()
     if augs is None: augs = bagtricks_augs

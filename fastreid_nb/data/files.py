@@ -8,10 +8,11 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/data.files.html.md"""
 __all__ = []
 
 # %% ../../nbs/00a_data.files.ipynb #8b6be963
-import codecs, contextlib, json, math, os, re, warnings, zipfile
+import codecs, contextlib, errno, json, math, numbers, os, re, secrets, socket, sys, warnings, zipfile, zlib
 from importlib import import_module
 from pathlib import Path
 import numpy as np, torch
+from fastcore.imports import in_notebook
 from torch import nn
 from torch.serialization import safe_globals
 
@@ -25,6 +26,34 @@ def check_choice(
     if val not in list(choices): raise ValueError(f'{name}={val!r}: choose one of {list(choices)}')
     return val
 
+# %% ../../nbs/00a_data.files.ipynb #86eae3fc
+def check_number(
+    name:str, # Name of an argument
+    val, # What came
+    low:float, # Smallest value that is allowed
+    high:float=math.inf, # Largest
+    whole:bool=False, # Whole numbers only?
+): # `val`
+    "Return `val` if it is a finite number from `low` to `high`; the error says what was expected"
+    kind = numbers.Integral if whole else numbers.Real
+    fits = isinstance(val, kind) and not isinstance(val, bool)
+    if fits and math.isfinite(val) and low<=val<=high: return val
+    expected = f'{low} or more' if high==math.inf else f'{low} to {high}'
+    raise ValueError(f'{name}={val!r}: expected {expected}{", a whole number" if whole else ""}')
+
+# %% ../../nbs/00a_data.files.ipynb #9e13d058
+_commands = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
+
+def printable(
+    text, # Anything that can be turned into text
+)->str: # Line breaks and tabs stay
+    "Text with the characters spelt out that command a terminal, or that are no characters at all"
+    return _commands.sub(lambda o: ascii(o[0])[1:-1], str(text))
+
+def has_screen()->bool:
+    "Does the output go to a terminal or a notebook, where a progress bar can move?"
+    return in_notebook() or bool(getattr(sys.stdout, 'isatty', bool)())
+
 # %% ../../nbs/00a_data.files.ipynb #b0edc822
 def later(
     name:str, # A public name of this library
@@ -33,24 +62,62 @@ def later(
     return getattr(import_module('fastreid_nb.all'), name)
 
 # %% ../../nbs/00a_data.files.ipynb #e72582d2
+_machine = f'{zlib.crc32(socket.gethostname().encode()):08x}'
+
+def _is_alive(pid):
+    "Is there a process of this number on this machine?"
+    if os.name=='nt': return True # there `os.kill` would end it
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except OSError: return True
+    return True
+
+def _remove_rests(path):
+    "Remove temporary files of `path` whose writers are dead"
+    mine = re.compile(rf'\.{re.escape(path.name[:60])}\.{_machine}-(\d+)-[0-9a-f]+\.tmp')
+    with os.scandir(path.parent) as entries: found = [(o.path, m) for o in entries if (m := mine.fullmatch(o.name))]
+    for name,m in found:
+        if not _is_alive(int(m[1])): os.unlink(name)
+
+def _temporary(path):
+    "A new empty file beside `path` that is nobody else's"
+    tmp = path.with_name(f'.{path.name[:60]}.{_machine}-{os.getpid()}-{secrets.token_hex(4)}.tmp')
+    os.close(os.open(tmp, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o666))
+    return tmp
+
+# %% ../../nbs/00a_data.files.ipynb #0783f5f8
+def _system_error(e):
+    "The error of the system that `e` is, or that is behind it; None if there is none"
+    if isinstance(e, OSError): return e
+    if 'file write failed' in str(e): return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None if e.__context__ is None else _system_error(e.__context__)
+
+def _cannot_write(path, e):
+    why = os.strerror(errno.ENOSPC) if e.errno==errno.EFBIG else e.strerror or e
+    return OSError(e.errno, f'cannot write {path} ({why}): choose a folder you may write to, with room on the disk')
+
 @contextlib.contextmanager
 def atomic_path(
     path:str|Path, # File to write
 ):
     "Yield a temporary path beside `path`, renamed to it when the block ends without an error"
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    path,tmp = Path(path),None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.touch()
+        with contextlib.suppress(OSError): _remove_rests(path)
+        tmp = _temporary(path)
         yield tmp
         os.replace(tmp, path)
-    except OSError as e:
-        if e.filename and Path(e.filename) not in (path, tmp, *path.parents): raise   # about another file
-        way_out = 'choose a folder you may write to, with room on the disk'
-        raise OSError(e.errno, f'cannot write {path} ({e.strerror or e}): {way_out}') from e
+    except (OSError,RuntimeError) as e:
+        system = _system_error(e)
+        if system is None: raise
+        ours = path, *path.parents
+        named = system.filename and Path(system.filename)
+        if named and named not in ours and not named.name.startswith(f'.{path.name[:60]}.'): raise   # about another file
+        raise _cannot_write(path, system) from e
     finally:
-        with contextlib.suppress(OSError): tmp.unlink()
+        if tmp is not None:
+            with contextlib.suppress(OSError): tmp.unlink()
 
 # %% ../../nbs/00a_data.files.ipynb #2cab296f
 def keep_tensors(

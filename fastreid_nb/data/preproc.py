@@ -18,6 +18,13 @@ from .images import from_pil, read_image, to_pil
 # %% ../../nbs/00i_data.preproc.ipynb #02ea78f3
 _filters = dict(nearest=Image.NEAREST, bilinear=Image.BILINEAR, bicubic=Image.BICUBIC, lanczos=Image.LANCZOS)
 
+def _numbers(name, vals):
+    "`vals` as a tuple of finite numbers; anything else is refused"
+    try: res = tuple(o.item() if hasattr(o, 'item') else o for o in vals)
+    except TypeError: res = None
+    if res and all(isinstance(o, (int,float)) and abs(o)<1e6 for o in res): return res
+    raise ValueError(f'{name}={vals!r}: expected a tuple of numbers, such as {getattr(Preproc, name)}')
+
 @dataclass(frozen=True)
 class Preproc:
     "How an image becomes the input of one particular model; saved in its checkpoint"
@@ -27,9 +34,13 @@ class Preproc:
     std:tuple=(0.229,0.224,0.225) # RGB, in [0,1]; divided by inside the model
 
     def __post_init__(self):
-        for k in ('size','mean','std'): object.__setattr__(self, k, tuple(getattr(self, k)))
-        if len(self.size)!=2 or min(self.size)<1:
-            raise ValueError(f'size {self.size}: expected (height, width) in pixels')
+        for k in ('size','mean','std'): object.__setattr__(self, k, _numbers(k, getattr(self, k)))
+        if len(self.size)!=2 or min(self.size)<1 or any(o!=int(o) for o in self.size):
+            raise ValueError(f'size {self.size}: expected (height, width) in pixels, two whole numbers')
+        object.__setattr__(self, 'size', tuple(map(int, self.size)))
+        if len(self.mean)!=len(self.std) or not all(0<=o<=1 for o in self.mean) or not all(0<o<=1 for o in self.std):
+            got = f'mean {self.mean} and std {self.std}'
+            raise ValueError(f'{got}: expected values in [0,1], one per channel, std above 0, as images are')
         if self.resample not in _filters:
             raise ValueError(f'resample {self.resample!r}: expected one of {list(_filters)}')
 

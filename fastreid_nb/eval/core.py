@@ -11,10 +11,12 @@ __all__ = ['ReIDResult', 'rank_dist', 'sum_dists']
 import numpy as np, pandas as pd, torch
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from html import escape
 from warnings import warn
 from fastcore.basics import patch
 from ..data.core import Protocol, as_protocol, choose_protocol, match_names
+from ..data.files import check_number, printable
 
 # %% ../../nbs/07_eval.ipynb #1e52cd42
 def _table(x, what):
@@ -148,6 +150,7 @@ class ReIDResult:
     n_removed:int # Gallery images removed by the protocol, summed over queries
     max_rank:int # Length of `cmc`
     shots:np.ndarray=None # Rank in each single-shot gallery, (Q,n) from 1; None if rank-k is over the whole gallery
+    notes:list=field(default_factory=list) # Why the scores may mean little; sentences
 
     used = property(lambda self: self.why=='')
     mAP = property(lambda self: float(self.ap[self.used].mean()))
@@ -187,17 +190,18 @@ def _lines(res):
     if res.dropped: dropped += f' ({_count(res.why)})'
     protocol = f'{res.protocol}, {res.n_removed} {_kind(res.protocol)} images removed'
     if res.protocol.draws: protocol += f', rank-k over {res.protocol.draws} single-shot galleries'
+    notes = {f'note {i}':o for i,o in enumerate(res.notes, 1)}
     return {**scores, 'queries used':res.n_used, 'queries dropped':dropped, 'gallery':f'{len(res.g)} images',
-        'protocol':protocol, 'distance':res.metric}
+        'protocol':protocol, 'distance':res.metric, **notes}
 
 # %% ../../nbs/07_eval.ipynb #29cb26d8
 @patch
-def __repr__(self:ReIDResult): return '\n'.join(f'{k:<16} {v}' for k,v in _lines(self).items())
+def __repr__(self:ReIDResult): return '\n'.join(f'{k:<16} {printable(v)}' for k,v in _lines(self).items())
 
 @patch
 def _repr_html_(self:ReIDResult):
     left = 'style="text-align:left"'
-    rows = [f'<tr><th {left}>{k}</th><td {left}>{v}</td></tr>' for k,v in _lines(self).items()]
+    rows = [f'<tr><th {left}>{k}</th><td {left}>{escape(printable(v))}</td></tr>' for k,v in _lines(self).items()]
     return f'<table>{"".join(rows)}</table>'
 
 # %% ../../nbs/07_eval.ipynb #9e1e45b6
@@ -233,6 +237,32 @@ def _blank(q, g, why, protocol, metric, max_rank):
         top=np.full((nq,k), -1), top_dist=np.full((nq,k), np.nan, np.float32),
         q=q, g=g, protocol=protocol, metric=metric, n_removed=0, max_rank=max_rank, shots=shots)
 
+# %% ../../nbs/07_eval.ipynb #8a79ed1f
+def _n_present(q, g, q_src, g_src):
+    "How many queries are images of the gallery that the protocol does not remove; of tables without paths, the same table"
+    if 'path' not in q or 'path' not in g: return int((q_src!=g_src).sum()) if q.equals(g) else 0
+    keys = ['path', *(o for o in ('x','y','w','h') if o in q and o in g)]
+    sides = (o[keys].astype(str).assign(source=s, row=range(len(o))) for o,s in ((q,q_src), (g,g_src)))
+    both = pd.merge(*sides, on=keys)
+    return both.row_x[both.source_x!=both.source_y].nunique()
+
+def _notes(res, n_present, n_equal):
+    "Why the scores of `res` may mean little"
+    found = []
+    if len(set(res.q.pid[res.used]) | set(res.g.pid))==1:
+        found.append('there is one identity only, so every list is right whatever the distances')
+    if n_equal: found.append(f'{n_equal} of {res.n_used} queries are equally far from all images, so the list is the '
+        'gallery in its own order: did the model collapse?')
+    if n_present: found.append(f'{n_present} of {res.n_queries} queries are in the gallery too and find themselves: use '
+        "protocol='leave_one_out', or other images")
+    return found
+
+def _n_equal(d):
+    "How many rows of `d` (q,G) hold one distance only, up to rounding"
+    if d.shape[1]<2: return 0
+    least,most = d.aminmax(dim=1)
+    return int((most-least<=1e-6*most.abs().clamp_min(1)).sum())
+
 # %% ../../nbs/07_eval.ipynb #280022ea
 def rank_dist(
     dist:torch.Tensor|Callable, # Distances (Q,G), smaller is closer; or a function: positions of queries → rows
@@ -245,7 +275,8 @@ def rank_dist(
 )->ReIDResult: # Scores of every query
     "Rank the gallery for every query by `dist` and score the lists"
     q,g,protocol = _check(q, g, protocol)
-    if max_rank<1: raise ValueError(f'`max_rank` must be 1 or more, got {max_rank}')
+    check_number('max_rank', max_rank, 1, whole=True)
+    if chunk is not None: check_number('chunk', chunk, 1, whole=True)
     rows = _rows_of(dist, len(q), len(g))
     q_src,g_src = protocol.codes(q, g)
     why,n_gone = _why_dropped(q, g, q_src, g_src, protocol)
@@ -253,12 +284,15 @@ def rank_dist(
     res.n_removed = int(n_gone.sum())
     q_ids,g_ids = _ids(q, q_src),_ids(g, g_src)
     used = torch.from_numpy(np.flatnonzero(why==''))
+    n_equal = 0
     for pos in used.split(chunk or max(1, 2**22//len(g))):
         d = rows(pos)
+        n_equal += _n_equal(d)
         match,gone = _marks(q_ids[:,pos].to(d.device), g_ids.to(d.device), protocol.anyone)
         ranked = _rank_rows(d, match, gone, res.top.shape[1])
         for o in fields(ranked): getattr(res, o.name)[pos] = getattr(ranked, o.name)
         if protocol.draws: res.shots[pos] = _shot_ranks(d, match, gone, g_ids[0], protocol.draws)
+    res.notes = _notes(res, _n_present(q, g, np.asarray(q_src), np.asarray(g_src)), n_equal)
     return res
 
 # %% ../../nbs/07_eval.ipynb #b4e54bf7
@@ -278,8 +312,8 @@ def sum_dists(
 )->torch.Tensor|Callable: # Their weighted mean, on the GPU if any of them is there: a function if any of them is one
     "Several distances as one, for `rank_dist`"
     weights = [1]*len(dists) if weights is None else list(weights)
-    if not dists or len(dists)!=len(weights) or not sum(weights)>0:
-        expected = 'expected one weight each, with a sum above 0'
+    if not dists or len(dists)!=len(weights) or not sum(weights)>0 or not all(0<=w<np.inf for w in weights):
+        expected = 'expected one weight each, none below 0, with a sum above 0'
         raise ValueError(f'{len(dists)} distances and weights {weights}: {expected}')
     shapes = {tuple(np.shape(d)) for d in dists if not callable(d)}
     expected = 'expected the same queries and gallery in each'

@@ -135,7 +135,7 @@ def save(self:Features,
     "Write features, table and protocol to one file; images in memory, a column `image`, are left out"
     cols = [(str(k), _to_dtype(v), _to_plain(v)) for k,v in self.df.items() if k!='image']
     plain = dict(kind='fastreid_nb.Features', emb=self.emb, cols=cols, protocol=_protocol_fields(self.protocol))
-    with atomic_path(path) as part: torch.save(plain, part)
+    with atomic_path(path) as part, open(part, 'wb') as f: torch.save(plain, f)
     return Path(path)
 
 # %% ../../nbs/07a_eval.features.ipynb #067294fe

@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
 from ..data.core import Protocol, ReIDData
+from ..data.files import check_number, has_screen
 from ..data.images import TableImages, open_image, to_pil
 from .features import Features, cosine_dist, evaluate
 
@@ -50,15 +51,16 @@ def features_from(
     f:Callable, # RGB `PIL.Image` → vector, always of the same length
     df:pd.DataFrame, # Split
     n_workers:int=4, # Threads
-    progress:bool=False, # Show a bar?
+    progress:bool=False, # Show a bar, where there is a screen?
     protocol:str|Protocol=None, # That of the data, for the features to carry; None leaves it to `evaluate`
 )->Features: # One row per row of `df`
     "Features by a function of your own"
+    check_number('n_workers', n_workers, 1, whole=True)
     if not len(df): raise ValueError('an empty table: expected one row or more')
     images = TableImages(df)
     with ThreadPoolExecutor(n_workers) as ex:
         vecs = ex.map(lambda i: f(to_pil(images[i])), range(len(images)))
-        vecs = list(progress_bar(vecs, total=len(df), leave=False) if progress else vecs)
+        vecs = list(progress_bar(vecs, total=len(df), leave=False) if progress and has_screen() else vecs)
     sizes = {np.shape(o) for o in vecs}
     if len(sizes)>1: raise ValueError(f'vectors of shapes {sorted(sizes)}: expected one shape for all images')
     return Features(np.stack(vecs), df, protocol)

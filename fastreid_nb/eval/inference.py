@@ -20,11 +20,12 @@ from fastcore.meta import delegates
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 from ..data.core import Protocol, ReIDData
+from ..data.files import check_number, has_screen
 from ..data.preproc import Preproc
 from ..augment.loaders import plain_dl
 from ..heads.model import eval_mode
 from ..heads.speed import best_dtype
-from ..train.core import Amp
+from ..train.core import Amp, ReIDLearner, check_dtype
 from .core import ReIDResult
 from .features import Features, cosine_dist, evaluate
 
@@ -56,26 +57,34 @@ def join(embs, device):
     if device.type=='cuda': torch.cuda.synchronize(device)
     return torch.cat(embs)
 
+# %% ../../nbs/07c_eval.inference.ipynb #a560b1aa
+def all_finite(emb):
+    "Return the embeddings `emb` (N,D) if all are numbers"
+    bad = (~emb.isfinite()).any(1).nonzero().flatten().tolist()
+    if not bad: return emb
+    raise ValueError(f'{len(bad)} of {len(emb)} embeddings hold NaN or infinity, rows {bad[:5]}: did training diverge, '
+        'or do the images or the precision not fit the model?')
+
 # %% ../../nbs/07c_eval.inference.ipynb #9eb9f8e3
 def embed_batches(
     model:nn.Module, # (B,3,H,W) float in [0,1] → (B,D), in evaluation mode
     dl, # Batches `xb` or `(xb,...)`, in a fixed order
     dtype:torch.dtype=None, # Autocast to `torch.bfloat16` or `torch.float16`; by default float32
-    progress:bool=True, # Show a bar?
+    progress:bool=True, # Show a bar, where there is a screen?
 )->torch.Tensor: # Embeddings (N,D), float32 on the CPU, in the order of `dl`
     "Embed every image of a loader"
-    device = device_of(model)
+    device,dtype = device_of(model),check_dtype(dtype)
     amp = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype not in (None,torch.float32))
     knows_cams = getattr(model, 'n_cams', 0)>0
     embs = []
     with eval_mode(model), torch.no_grad(), amp:
-        for batch in progress_bar(dl, leave=False) if progress else dl:
+        for batch in progress_bar(dl, leave=False) if progress and has_screen() else dl:
             xb,*yb = batch if isinstance(batch, (tuple,list)) else [batch]
             cams = [send(o, device) for o in yb[1:2]] if knows_cams else []
             out = model(send(xb, device), *cams)
             embs.append(fetch(emb_of(out, len(xb))))
     if not embs: raise ValueError('the loader has no batch: expected one image or more')
-    return join(embs, device)
+    return all_finite(join(embs, device))
 
 # %% ../../nbs/07c_eval.inference.ipynb #9605f6e2
 def as_list(imgs):
@@ -118,6 +127,7 @@ def embed(
     num_workers:int=None, # Processes that read many paths; by default threads, over 1,000 as in `plain_dl`
 )->torch.Tensor: # (N,D), float32 on the CPU; (1,D) for one image
     "Vectors of images from anywhere"
+    check_number('bs', bs, 1, whole=True)
     imgs,preproc = as_list(imgs),preproc_of(model, preproc)
     if not imgs: raise ValueError('an empty list: expected one image or more')
     batches = read_batches(imgs, preproc, bs, num_workers, device_of(model))
@@ -177,6 +187,37 @@ def evaluate(self:Learner,
 )->ReIDResult: # Scores of every query
     "Rank the gallery for every query and score the lists"
     return evaluate(*self.features(progress), dist, protocol, max_rank, device=self.dls.device)
+
+# %% ../../nbs/07c_eval.inference.ipynb #93cea81f
+class Mirrored(nn.Module):
+    "A model that averages the unit vectors of an image and of its mirror image"
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    @property
+    def n_cams(self): return getattr(self.model, 'n_cams', 0)
+
+    def forward(self, x, *cams):
+        views = [self.model(o, *cams) for o in (x, x.flip(3))]
+        return torch.stack([F.normalize(o.float(), dim=1) for o in views]).mean(0)
+
+# %% ../../nbs/07c_eval.inference.ipynb #f30499b6
+@patch
+def predict(self:ReIDLearner,
+    item, # Image, as in `embed`; or several
+)->torch.Tensor: # (1,D) for one image, of length 1, float32 on the CPU
+    "The vector of an image"
+    return self.embed(item)
+
+@patch
+def tta(self:ReIDLearner,
+    progress:bool=True, # Show a bar, where there is a screen?
+)->tuple: # `Features` of the queries and `Features` of the gallery
+    "Embed query and gallery by each image and its mirror image"
+    data = data_of(self.dls)
+    model = Mirrored(self.model.to(self.dls.device))
+    return split_emb(embed_batches(model, self.dls.valid, precision_of(self), progress), data)
 
 # %% ../../nbs/07c_eval.inference.ipynb #bd04c593
 def evaluate_data(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from itertools import zip_longest
 from pathlib import Path
-from ..data.files import atomic_path
+from ..data.files import atomic_path, printable
 from ..data.images import TableImages, to_pil
 from .core import ReIDResult
+from ..train.core import ReIDLearner
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #b7a28558
 _blue,_green,_red = '#1f5fbf','#14833b','#c8281e'
@@ -74,7 +75,7 @@ def _thumb(df, i, px=256):
 
 def _who(df, i, default=''):
     "The user's own name for the identity of row `i`, if the table has one"
-    name = str(df.pid_name[i]) if 'pid_name' in df else default
+    name = printable(df.pid_name[i]).replace('\n', ' ') if 'pid_name' in df else default
     return name if len(name)<11 else f'{name[:9]}…'
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #c156b5e1
@@ -114,7 +115,7 @@ def _draw(ax, panel):
     ax.imshow(panel.im)
     ax.set(xticks=[], yticks=[])
     for o in ax.spines.values(): o.set(color=panel.color, linewidth=2.5)
-    text = dict(fontsize=8, family='DejaVu Sans')   # a font that has ✓ and ✗
+    text = dict(fontsize=8, family='DejaVu Sans', parse_math=False)   # a font that has ✓ and ✗; a name with $ is no formula
     ax.set_title(panel.above, pad=4, **text)
     ax.set_xlabel(panel.below, labelpad=4, color=panel.color, **text)
 
@@ -145,3 +146,16 @@ def show_ranks(self:ReIDResult,
     if save:
         with atomic_path(save) as part: fig.savefig(part, dpi=150, format=Path(save).suffix[1:] or 'png')
     return fig
+
+# %% ../../nbs/07f_eval.ranklist.ipynb #632468d0
+@patch
+def show_results(self:ReIDLearner,
+    ds_idx:int=1, # Not used: queries and gallery are the only set with ranked lists
+    dl=None, # Not used
+    max_n:int=3, # Queries, one row each
+    k:int=10, # Gallery images per query
+    order:str='mixed', # As in `show_ranks`
+    **kwargs, # Not used; fastai passes some
+)->plt.Figure: # As of `show_ranks`
+    "Ranked lists of some queries"
+    return self.evaluate(progress=False).show_ranks(max_n, order, k)

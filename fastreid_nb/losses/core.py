@@ -10,9 +10,19 @@ __all__ = ['smooth_cross_entropy', 'CrossEntropy', 'batch_hard_triplet', 'Triple
 # %% ../../nbs/05_losses.ipynb #0eb14519
 import torch, warnings, torch.nn.functional as F
 from collections import Counter
+from ..data.files import check_number
 from ..heads.core import ReIDOut
 from ..pooling.core import full_precision
 from torch import nn
+
+# %% ../../nbs/05_losses.ipynb #6766173e
+def check_labels(pid):
+    "Refuse labels that are no whole numbers, one for each row"
+    if not isinstance(pid, torch.Tensor): raise ValueError(f'pid is a {type(pid).__name__}: expected a tensor (B,) int64')
+    whole = not (pid.is_floating_point() or pid.is_complex() or pid.dtype==torch.bool)
+    if whole and pid.ndim==1: return
+    dtype = str(pid.dtype).removeprefix('torch.')
+    raise ValueError(f'pid is {dtype} of shape {tuple(pid.shape)}: expected whole numbers, (B,) int64')
 
 # %% ../../nbs/05_losses.ipynb #1a517c08
 def smooth_cross_entropy(
@@ -22,6 +32,7 @@ def smooth_cross_entropy(
     spread:str='all', # Who gets it: 'all' classes alike, or the 'others' only
 )->torch.Tensor: # Mean over the batch, a scalar
     "Cross entropy against a target that is only almost sure"
+    check_labels(pid)
     nll = -logits.log_softmax(1)
     right,n = nll.gather(1, pid[:,None])[:,0],logits.shape[1]
     rest = nll.mean(1) if spread=='all' else (nll.sum(1)-right)/max(n-1, 1)
@@ -36,6 +47,7 @@ def _check_batch(out, pid):
     "What cannot be a training batch is refused; the range of its labels"
     if not isinstance(out, tuple) or not hasattr(out, 'logits'): raise ValueError(
         f'a loss takes a ReIDOut, got {type(out).__name__}: put the model into training mode or call model.outputs(x)')
+    check_labels(pid)
     if len(pid)==0: raise ValueError('a loss takes at least one image, got an empty batch')
     lo,hi = _label_range(pid)
     if lo is not None and lo<0: raise ValueError(f'pid {lo} in a training batch: pids are class numbers from 0 on, '
@@ -60,7 +72,7 @@ class CrossEntropy(nn.Module):
         weight:float=1., # Weight in `ReIDLoss`
     ):
         super().__init__()
-        if not 0<=eps<1: raise ValueError(f'eps={eps}: label smoothing takes eps in [0,1)')
+        if check_number('eps', eps, 0, 1)==1: raise ValueError(f'eps={eps}: label smoothing takes eps in [0,1)')
         if spread not in ('all','others'): raise ValueError(f"spread={spread!r}: choose 'all' or 'others'")
         self.eps,self.spread,self.weight = eps,spread,weight
 
@@ -108,6 +120,7 @@ def batch_hard_triplet(
     dist:str='euclidean', # 'euclidean', or 'cosine': 2−2cos, the squared euclidean distance of unit vectors
 )->torch.Tensor: # Mean over all rows, a scalar
     "Triplet loss with the hardest positive and the hardest negative of every anchor"
+    check_labels(pid)
     if dist=='cosine': x = F.normalize(x, eps=1e-6)
     pos,neg,has_neg = hardest_pairs(x, pid)
     squared = dist=='cosine'
@@ -128,8 +141,8 @@ class TripletLoss(nn.Module):
         weight:float=1., # Weight in `ReIDLoss`
     ):
         super().__init__()
-        if margin is not None and not margin>=0: raise ValueError(
-            f'margin={margin}: at least 0, or None for the soft margin')
+        if margin is not None and not (isinstance(margin, (int,float)) and 0<=margin<float('inf')): raise ValueError(
+            f'margin={margin!r}: expected a number of at least 0, or None for the soft margin')
         if dist not in ('euclidean','cosine'): raise ValueError(f"dist={dist!r}: choose 'euclidean' or 'cosine'")
         if on not in ('feat','emb'): raise ValueError(f"on={on!r}: choose 'feat' or 'emb'")
         self.margin,self.dist,self.on,self.weight = margin,dist,on,weight

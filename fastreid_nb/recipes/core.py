@@ -8,12 +8,16 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.html.md"""
 __all__ = ['weak_augs', 'sbs_augs', 'strong_augs', 'aug_recipes', 'read_data', 'train_and_report']
 
 # %% ../../nbs/15_recipes.ipynb #14695ae0
+import multiprocessing, os, signal
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 import pandas as pd, matplotlib.pyplot as plt
+from fastai.callback.core import Callback
 from fastai.learner import Learner
 from ..data.core import ReIDData
-from ..data.files import atomic_path
+from ..data.files import atomic_path, printable
 from ..data.own import from_csv, from_folder
 from ..data.readers import market1501
 from ..augment.core import bagtricks_augs, hflip, pad_crop, random_erase
@@ -55,8 +59,16 @@ def read_data(
     return from_folder(path, regex=regex or None, test_frac=test_frac, seed=seed)
 
 # %% ../../nbs/15_recipes.ipynb #70d6fd6f
-def _say(*lines): print(*lines, sep='\n', flush=True)
+def _say(*lines): print(*map(printable, lines), sep='\n', flush=True)
 
+def _hw(size):
+    "(height, width) from text such as '256x128'"
+    try: h,w = map(int, str(size).lower().split('x'))
+    except ValueError: h = w = 0
+    if 1<=min(h, w) and max(h, w)<=4096: return h,w
+    raise ValueError(f'size {size!r}: expected height x width in pixels, such as 256x128, 1 to 4096 each')
+
+# %% ../../nbs/15_recipes.ipynb #bd590139
 def _writable(out):
     "Folder `out`, made and tried"
     out = Path(out)
@@ -64,52 +76,151 @@ def _writable(out):
     (out/'.try').unlink()
     return out
 
-def _hw(size):
-    "(height, width) from text such as '256x128'"
-    try: h,w = map(int, str(size).lower().split('x'))
-    except ValueError:
-        raise ValueError(f'size {size!r}: expected height x width in pixels, such as 256x128') from None
-    return h,w
+def _try_lock(f):
+    "Lock the open file `f`; False if another run has it. Where files cannot be locked, True"
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except (ImportError,OSError): return True
+    return True
+
+def _locked(folder):
+    "An open file that marks `folder` as in use; None if another run uses it"
+    path = folder/'.lock'
+    f = open(path, 'a')
+    if _try_lock(f):
+        with suppress(OSError):
+            if path.stat().st_ino==os.fstat(f.fileno()).st_ino: return f
+        f.close()
+        return _locked(folder)   # the file was removed in between
+    f.close()
+
+def _unlock(folder, lock, was_there):
+    "Give up a folder; one that was made for nothing goes"
+    with suppress(OSError): (folder/'.lock').unlink()
+    lock.close()
+    if not was_there:
+        with suppress(OSError): folder.rmdir()   # fails if there is anything in it
+
+# %% ../../nbs/15_recipes.ipynb #fe0f9da5
+def _take(folder, overwrite):
+    "(lock, '') for a folder that a run may use, or (None, why not)"
+    _writable(folder)
+    lock = _locked(folder)
+    if lock is None: return None,'is in use by another run'
+    if overwrite or not any((folder/o).exists() for o in ('model.pt','model_interrupted.pt')): return lock,''
+    _unlock(folder, lock, True)
+    return None,'holds the model of an earlier run'
+
+@contextmanager
+def run_folder(
+    out:str|Path, # Folder that is wanted; made if it is not there
+    overwrite:bool=False, # Replace the model of an earlier run in it?
+): # Its path, or that of a new folder beside it
+    "A folder for one run alone, while the block runs"
+    out = Path(out)
+    if out.name in ('','..'): out = out.resolve()
+    for i in count(1):
+        folder = out if i==1 else out.with_name(f'{out.name}-{i}')
+        was_there = folder.exists()
+        lock,why = _take(folder, overwrite)
+        if lock: break
+        if overwrite: raise ValueError(f'{folder} {why}: give another folder, or wait for its end')
+        if i==1: first = why
+    if i>1: _say(f'{out} {first}: this run goes to {folder} (overwrite replaces an earlier run)', '')
+    try: yield folder
+    finally: _unlock(folder, lock, was_there)
+
+# %% ../../nbs/15_recipes.ipynb #f6c0dbcd
+class Signals:
+    "While a block runs, Ctrl-C and SIGTERM raise KeyboardInterrupt; a second signal ends the process at once"
+    heard = None   # number of the signal that came
+    def __enter__(self):
+        Signals.heard,self.was,self.owner = None,{},os.getpid()
+        for o in ('SIGINT','SIGTERM','SIGHUP'): self._listen(getattr(signal, o, None))
+        return self
+
+    def _listen(self, number):
+        if number is None or signal.getsignal(number)==signal.SIG_IGN: return   # as under nohup
+        with suppress(ValueError): self.was[number] = signal.signal(number, self._hear)   # only the main thread may
+
+    def _hear(self, number, frame):
+        if os.getpid()!=self.owner and number!=signal.SIGINT: os._exit(128+number)   # a copy of this process
+        if os.getpid()==self.owner and Signals.heard: end_now(128+number)
+        Signals.heard = number
+        raise KeyboardInterrupt
+
+    def __exit__(self, *args):
+        for k,v in self.was.items(): signal.signal(k, v)
+
+def end_workers():
+    "End all processes that this one has started"
+    for o in multiprocessing.active_children(): o.kill()
+
+def end_now(status):
+    "End this process and its workers without further ado"
+    end_workers()
+    os._exit(status)
+
+class HeedSignals(Callback):
+    "Stop where a signal came and its interruption was lost"
+    def before_batch(self):
+        if Signals.heard: raise KeyboardInterrupt
 
 # %% ../../nbs/15_recipes.ipynb #aa08f37a
 def _percent(rows):
     "Scores in [0,1] as a table in percent"
     return (100*pd.DataFrame(rows).T[['mAP','mINP','rank-1']].astype(float)).round(1).to_string()
 
+def _draw_lists(res, out):
+    "Save the ranked lists; a figure that cannot be drawn costs nothing but the figure"
+    path = out/'ranked_list.png'
+    try: plt.close(res.show_ranks(save=path))
+    except Exception as e: _say(f'no figure of ranked lists: {e}')
+    else: _say(f'ranked lists  {path}')
+
 def _leave(res, out):
     "Print the final table and save the ranked lists"
-    plt.close(res.show_ranks(save=out/'ranked_list.png'))
-    _say('', res, '', f'ranked lists  {out/"ranked_list.png"}')
+    _say('', res, '')
+    _draw_lists(res, out)
 
 def _keep(learn, out):
     "Save what was learnt so far, if anything"
     if not getattr(learn.recorder, 'losses', []): return
-    learn.save_reid(out/'model_interrupted.pt')
-    _say('', f'stopped early; what was learnt so far is in {out/"model_interrupted.pt"}')
+    path = out/'model_interrupted.pt'
+    try: learn.save_reid(path)
+    except (ValueError,OSError) as e: _say('', f'stopped early; {e}')
+    else: _say('', f'stopped early; what was learnt so far is in {path}')
 
 # %% ../../nbs/15_recipes.ipynb #3d6e4ca2
-def train_and_report(
-    learn:Learner, # From `reid_learner`
-    out:str|Path, # Folder for model.pt and ranked_list.png
-    epochs:int, # Epochs
-    lr:float, # Highest learning rate
-    **kwargs, # Passed to `fit_warmup_cos`
-)->ReIDResult: # Scores of the trained model
-    "Score, train, score again; leave a checkpoint and ranked lists"
-    out = _writable(out)
-    if epochs<1: raise ValueError(f'{epochs} epochs: expected 1 or more')
+def _run(learn, out, epochs, lr, **kwargs):
+    "Score, train, score again; leave a checkpoint and ranked lists in the folder `out`"
     _say(learn.dls.data, '')
     rows = {k:dict(o) for k,o in floor_scores(learn.dls.data, progress=True).iterrows()}
     rows['untrained network'] = learn.evaluate().to_dict()
     _say('Before training, in percent:', _percent(rows), '')
-    try: learn.fit_warmup_cos(epochs, lr, **kwargs)
+    try: learn.fit_warmup_cos(epochs, lr, cbs=HeedSignals(), **kwargs)
     except BaseException:
         _keep(learn, out)
         raise
-    learn.save_reid(out/'model.pt')
     res = learn.reid_result
     rows['trained network'] = res.to_dict()
-    _say('', 'Identities never seen in training, in percent:', _percent(rows))
-    _leave(res, out)
+    _say('', 'Identities never seen in training, in percent:', _percent(rows), '', res, '')
+    learn.save_reid(out/'model.pt')
     _say(f'checkpoint    {out/"model.pt"}')
+    _draw_lists(res, out)
     return res
+
+# %% ../../nbs/15_recipes.ipynb #ad7d4085
+def train_and_report(
+    learn:Learner, # From `reid_learner`
+    out:str|Path, # Folder for model.pt and ranked_list.png; if it holds a model, a new one beside it
+    epochs:int, # Epochs
+    lr:float, # Highest learning rate
+    overwrite:bool=False, # Replace the model in `out`?
+    **kwargs, # Passed to `fit_warmup_cos`
+)->ReIDResult: # Scores of the trained model
+    "Score, train, score again; leave a checkpoint and ranked lists"
+    if epochs<1: raise ValueError(f'{epochs} epochs: expected 1 or more')
+    with run_folder(out, overwrite) as folder: return _run(learn, folder, epochs, lr, **kwargs)

@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from .. import __version__
 from torch import nn
-from ..data.files import atomic_path, check_choice, read_torch
+from ..data.files import atomic_path, check_choice, check_number, read_torch
 from ..data.preproc import Preproc
 from ..backbone.weights import as_state, bare_module, bare_names, fill_network, is_features, project_of, states_in
 from ..heads.core import ReIDOut
@@ -64,6 +64,7 @@ def save_reid(
     check_norm(preproc)
     pids = getattr(model, 'pids', []) if pids is None else pids
     threshold = getattr(model, 'threshold', None) if threshold is None else threshold
+    if threshold is not None: check_number('threshold', threshold, 0)
     ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=state,
         preproc=preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
         threshold=None if threshold is None else float(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)))

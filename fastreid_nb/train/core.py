@@ -8,27 +8,38 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.html.md"""
 __all__ = ['Amp', 'reid_adam', 'reid_loss', 'reid_learner']
 
 # %% ../../nbs/06_train.ipynb #3adca0a8
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from warnings import warn
-import torch
+import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import params
+from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import nn
-from ..data.files import later
+from ..data.files import check_number, has_screen, later
 from ..data.preproc import Preproc
 from ..backbone.resnet import resnet50
 from ..heads.core import BNNeckHead
 from ..heads.model import ReIDModel, plain_tensor, reid_model
 from ..heads.speed import Speed, best_dtype, fastest
 from ..losses.core import CrossEntropy, ReIDLoss, TripletLoss
+
+# %% ../../nbs/06_train.ipynb #ac1232bd
+def check_dtype(
+    dtype, # What came for a precision
+): # `dtype`
+    "Return `dtype` if it is a precision that a forward pass can have, or None"
+    if dtype is None or dtype in (torch.bfloat16, torch.float16, torch.float32): return dtype
+    raise ValueError(f'dtype={dtype!r}: expected torch.bfloat16, torch.float16 or torch.float32')
 
 # %% ../../nbs/06_train.ipynb #647895e6
 class Amp(MixedPrecision):
@@ -38,7 +49,7 @@ class Amp(MixedPrecision):
         dtype:torch.dtype=None, # bfloat16, float16 (CUDA only) or float32; by default the fastest, measured
     ):
         super().__init__()
-        self.dtype,self.net = dtype,None
+        self.dtype,self.net = check_dtype(dtype),None
 
     def before_fit(self):
         self.undo()
@@ -68,15 +79,64 @@ class Amp(MixedPrecision):
         self.net = None
 
 # %% ../../nbs/06_train.ipynb #eb78dbd9
+class LogLines:
+    "Writes the numbers of an epoch as one line, the first time below a line of their names"
+    def __init__(self, learn): self.learn,self.is_first = learn,True
+
+    def __call__(self, values):
+        if self.is_first: self._line(self.learn.recorder.metric_names)
+        self.is_first = False
+        self._line(f'{o:.6f}' if isinstance(o, float) else str(o) for o in values)
+
+    def _line(self, texts): print('  '.join(o.ljust(10) for o in texts).rstrip(), flush=True)
+
+def check_lr(lr):
+    "Refuse a learning rate, or the two ends of a slice, that is no number of 0 or more"
+    ends = [lr.start,lr.stop] if isinstance(lr, slice) else np.ravel(lr).tolist()
+    for o in ends:
+        if o is not None: check_number('lr', o, 0)
+
+def check_monitor(cb, names):
+    "Refuse to watch a column that the table of training does not have"
+    if not isinstance(cb, TrackerCallback) or cb.monitor in names: return
+    why = 'there is no loss in validation, whose identities are new' if cb.monitor=='valid_loss' else 'no such column'
+    known = [o for o in names if o not in ('epoch','time')]
+    raise ValueError(f"{type(cb).__name__}: monitor={cb.monitor!r}: {why}; monitor 'mAP' or 'rank-1' (of {known})")
+
+# %% ../../nbs/06_train.ipynb #8de56028
 class ReIDLearner(Learner):
     "A `Learner` whose callbacks are undone on every exit from a fit, errors and Ctrl-C included"
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         cbs = L(cbs)
+        check_number('n_epoch', n_epoch, 1, whole=True)
+        check_lr(lr)
+        if wd is not None: check_number('wd', wd, 0)
+        names = ['train_loss', *(o.name for o in self.metrics), 'mAP', 'rank-1']
+        for o in [*self.cbs, *cbs]: check_monitor(o, names)
         self.model.pids = list(getattr(self.dls, 'pids', []))
-        try: super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, **kwargs)
+        try:
+            with self.lines(): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, **kwargs)
         finally:
             for o in [*self.cbs, *cbs]:
                 if 'undo' in dir(type(o)): o.undo()
+
+    @contextmanager
+    def lines(self):
+        "One line per epoch in the place of progress bars, where the output is no screen"
+        if has_screen() or not hasattr(self, 'progress'):
+            yield
+            return
+        logger = self.logger
+        with self.no_bar():
+            if logger is not noop: self.logger = LogLines(self)
+            try: yield
+            finally: self.logger = logger
+
+    def validate(self, *args, **kwargs):
+        with self.lines(): return super().validate(*args, **kwargs)
+
+    def get_preds(self, *args, **kwargs):
+        with self.lines(): return super().get_preds(*args, **kwargs)
 
     def add_cb(self, cb):
         "Add a callback; of two that set the precision the later one is kept"
@@ -107,6 +167,29 @@ class SkipValidLoss(Callback):
     order = -20
     def before_batch(self):
         if not self.training: self.learn.yb = ()
+
+class FiniteLoss(Callback):
+    "End a fit whose loss is no number any more; looked at every 50 steps, so that no step waits for a GPU"
+    order,run_valid,every = 45,False,50 # before Recorder
+    def before_fit(self): self.n_steps = self.n_bad = 0
+    def before_train(self): self.start = self.n_steps
+    def after_batch(self):
+        loss = self.loss.detach()
+        self.n_bad = torch.where(loss.isfinite().all(), 0, self.n_bad+1)
+        self.n_steps += 1
+        if self.n_steps%self.every==0: self._look(self.every)
+
+    def after_train(self): self._look(min(self.every, self.n_steps-self.start))
+
+    def _look(self, most):
+        "Stop if the last `most` losses were no numbers, or fewer of them and the weights are none either"
+        n = int(self.n_bad)
+        if n and (n>=most or not all(o.isfinite().all() for o in self.model.parameters())): self._stop(n)
+
+    def _stop(self, n):
+        step,lr = self.n_steps-n+1,max(o['lr'] for o in self.opt.hypers)
+        raise ValueError(f'the loss is no finite number since step {step} of this fit (epoch {self.epoch}, learning '
+            f'rate {lr:.3g}): training diverged; try a lower lr, a longer warm-up or float32')
 
 # %% ../../nbs/06_train.ipynb #1e8159f4
 class FusedAdam(OptimWrapper):
@@ -149,7 +232,7 @@ def reid_adam(
     return FusedAdam(params, fused=True, **options) if fused else Adam(params, decouple_wd=False, **options)
 
 # %% ../../nbs/06_train.ipynb #0ed659af
-reid_cbs = [PlainTensors, EpochSeed, PassCamera, SkipValidLoss] # Callbacks of every learner, besides the scores
+reid_cbs = [PlainTensors, EpochSeed, PassCamera, SkipValidLoss, FiniteLoss] # Callbacks of every learner, besides the scores
 
 def _body(model):
     "What may come with pretrained weights: the backbone, and the stages that branches of a part model copied from it"
@@ -194,6 +277,17 @@ def share_preproc(model, dls):
     dls.preproc = model.preproc
     return dls
 
+# %% ../../nbs/06_train.ipynb #1a03c60e
+def check_classes(
+    model:nn.Module, # Model to be trained
+    n_pids:int, # Identities in training
+):
+    "Refuse a model whose classifiers are made for another number of identities"
+    found = {len(o.weight) for k,o in model.named_modules() if k.split('.')[-1]=='classifier' and hasattr(o, 'weight')}
+    if not found or found=={n_pids}: return
+    raise ValueError(f'the head of the model has {" and ".join(map(str, sorted(found)))} classes, the data {n_pids} '
+        f'identities: was the model made for other data? Build it with n_pids={n_pids}, or give it a new head')
+
 # %% ../../nbs/06_train.ipynb #deff8b7c
 def reid_learner(
     dls:DataLoaders, # From `reid_dls`
@@ -211,12 +305,16 @@ def reid_learner(
     path:str|Path='.', # Folder of fastai's own files
 )->ReIDLearner: # With `reid_cbs`, `ScoreReID` and `Amp` among its callbacks
     "A fastai learner with model, loss, optimiser, mixed precision and scoring set up for re-identification"
+    check_number('lr', lr, 0)
+    check_number('wd', wd, 0)
+    check_dtype(dtype)
     if model is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = reid_model(backbone, len(dls.pids), pool, head)
         model.preproc,model.pids = _built_preproc(model.backbone, dls.preproc),list(dls.pids)
     dls = share_preproc(model, dls)
+    check_classes(model, len(dls.pids))
     speed = fastest(dls.device) if dtype is None else Speed(dtype)
     model,loss = model.to(dls.device, memory_format=speed.memory_format),loss or reid_loss()
     if isinstance(loss, nn.Module): loss.to(dls.device)

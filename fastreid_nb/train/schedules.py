@@ -8,13 +8,14 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.schedules.html.md"""
 __all__ = ['warmup_flat_cos', 'FreezeBackbone']
 
 # %% ../../nbs/06a_train.schedules.ipynb #1e3a2fa5
-import numpy as np
+import numbers, numpy as np
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, SchedNo, combine_scheds
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
-from .core import _body
+from ..data.files import check_number
+from .core import _body, check_lr
 
 # %% ../../nbs/06a_train.schedules.ipynb #8b2298bb
 def warmup_flat_cos(
@@ -73,7 +74,11 @@ def fit_warmup_cos(self:Learner,
     cbs:list=None, # Further callbacks for this fit
 ):
     "Fit with linear warm-up, a flat part and a cosine, optionally with the backbone frozen at first"
-    if n_epoch<1: raise ValueError(f'{n_epoch} epochs: expected 1 or more')
+    whole = isinstance(n_epoch, numbers.Integral)
+    if not whole or n_epoch<1: raise ValueError(f'{n_epoch} epochs: expected 1 or more, a whole number')
+    check_lr(lr)
+    check_number('end', end, 0)
+    check_number('freeze_iters', freeze_iters, 0, whole=True)
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', self.lr if lr is None else lr)
     lr = np.array([o['lr'] for o in self.opt.hypers])
