@@ -48,9 +48,11 @@ def must_exist(folder, names, what, listed=list_images):
     "Raise if an image of a list is not on disk"
     gone = sorted(set(names) - set(listed(folder)))
     if not gone: return
-    raise FileNotFoundError(f'{len(gone)} of {len(names)} images of {what} are not in {folder}, first {visible(gone[0])}')
+    said = f'{len(gone)} of {len(names)} images of {what} are not in {folder}'
+    raise FileNotFoundError(f'{said}, first {visible(gone[0])}')
 
-def _left_out(paths, s, why): return [f'{len(paths)} images in {s.where} {why}, first {visible(paths[0])}'] if paths else []
+def _left_out(paths, s, why):
+    return [f'{len(paths)} images in {s.where} {why}, first {visible(paths[0])}'] if paths else []
 
 def _lines(at):
     "The lines of a list"
@@ -238,7 +240,8 @@ def market1501(
     df['pid'] = df.pid.replace(0, -1)
     if 'train' not in parts: notes.append(f'no {market_dirs["train"]}: there is nothing to train on')
     data = ReIDData(name, *(split_table(df, k) for k in market_dirs), notes=notes)
-    if data.protocol!='market': notes.append(f'protocol {data.protocol}: there is one camera only, or one that nobody knows')
+    why = 'there is one camera only, or one that nobody knows'
+    if data.protocol!='market': notes.append(f'protocol {data.protocol}: {why}')
     published = root.resolve().name==market_row.folders
     if published and (diff := count_differences(data, market_row.counts)):
         notes.append(f'not as published: {"; ".join(diff)}')
