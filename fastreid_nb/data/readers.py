@@ -62,14 +62,17 @@ def _lines(at):
 def _said(s, texts):
     "What source `s` reads in `texts`, as a table of text, and the texts that it does not understand"
     find = re.compile(s.regex)
-    found = [find.fullmatch(o) for o in texts]
-    good = [m for m in found if m]
-    said = dict(path=[o for o,m in zip(texts,found) if m], camid=[str(s.cam)]*len(good))
-    said |= {k:[m[k] for m in good] for k in find.groupindex}
+    paths,groups,other = [],[],[]
+    for o,m in zip(texts, map(find.fullmatch, texts)):
+        if m: groups.append(m.groups())
+        (paths if m else other).append(o)
+    said = dict(path=paths, camid=[str(s.cam)]*len(paths))
+    columns = [*zip(*groups)]
+    said |= {k:columns[i-1] for k,i in find.groupindex.items() if columns}
     for k in ('pid','camid'):
         more = said.pop(f'{k}2', None)
         if more: said[k] = ['-'.join(filter(None, o)) for o in zip(said[k], more)]
-    return pd.DataFrame(said),[o for o,m in zip(texts,found) if not m]
+    return pd.DataFrame(said),other
 
 # %% ../../nbs/00d_data.readers.ipynb #d297c71e
 def read_rows(root, s, listed=list_files):
