@@ -148,7 +148,9 @@ def list_files(
     raise FileNotFoundError(f'no folder {path}: expected a folder or a zip archive of images')
 
 # %% ../../nbs/00b_data.images.ipynb #35dce429
-def is_image(name):
+def is_image(
+    name:str, # Path, with /
+)->bool: # Whether an image may be in it
     "Does a path end like an image?"
     start,dot,end = name.rpartition('.')
     return bool(dot and start) and f'.{end.lower()}' in image_exts
@@ -262,7 +264,9 @@ def check_pixels(
     advice = 'make it smaller, or raise Image.MAX_IMAGE_PIXELS and max_pixels'
     raise ValueError(f'{w}×{h} pixels, more than the {most:,} that are read: {advice}')
 
-def open_pil(raw):
+def open_pil(
+    raw:bytes, # Content of a file
+)->Image.Image: # In any mode
     "Content of a file as a PIL image that is not decoded yet"
     return Image.open(BytesIO(raw), formats=image_formats())
 
@@ -280,8 +284,17 @@ def open_image(
     except Exception as e: raise _named(e, name or _called(x)) from e
 
 # %% ../../nbs/00b_data.images.ipynb #28294fed
-def to_pil(px): return Image.fromarray(px.permute(1,2,0).numpy())
-def from_pil(im): return torch.from_numpy(np.array(im)).permute(2,0,1)
+def to_pil(
+    px:torch.Tensor, # (3,h,w) uint8
+)->Image.Image: # Mode RGB
+    "A tensor as a PIL image"
+    return Image.fromarray(px.permute(1,2,0).numpy())
+
+def from_pil(
+    im:Image.Image, # Mode RGB
+)->torch.Tensor: # (3,h,w) uint8, a view with channels last
+    "A PIL image as a tensor"
+    return torch.from_numpy(np.array(im)).permute(2,0,1)
 
 _frames = {*range(0xc0, 0xd0)} - {0xc4,0xc8,0xcc} # Markers in front of a size
 
@@ -374,7 +387,7 @@ class TableImages:
     "The images of a table by row: in files, in archives or in memory, whole or cut out of a frame"
     def __init__(self,
         df:pd.DataFrame, # A split; besides `path` it may have `image`, and `x`, `y`, `w`, `h` (pixels)
-        **limits, # `max_pixels` and `max_bytes` of `read_image`
+        **limits, # Passed to `read_image`
     ):
         self.limits = limits
         self.paths,self.boxes = df.path.to_numpy(),box_array(df)

@@ -135,13 +135,13 @@ def market_like(eg, dirs=market_dirs):
     return {k:FileSource(o, market_names, eg) for k,o in dirs.items()}
 
 # %% ../../nbs/00d_data.readers.ipynb #5da2a827
-def all_match(regex, s):
+def _all_match(regex, s):
     "Does every value of column `s` match?"
     return all(map(re.compile(regex).fullmatch, s.unique()))
 
 def codes_of(s, first=None):
     "Whole numbers for text: counted from `first` if all are numbers, else places in sorted order"
-    if s.dtype.kind!='i' and all_match(r'-?\d+', s): s = s.astype(int)
+    if s.dtype.kind!='i' and _all_match(r'-?\d+', s): s = s.astype(int)
     if first is not None and s.dtype.kind=='i': return s-first
     return pd.Series(np.unique(s.to_numpy(), return_inverse=True)[1], index=s.index)
 
@@ -153,10 +153,10 @@ def read_table(b, root):
     shifted = ~df.split.isin(['train','val']) & b.shift
     pid = pd.concat([codes_of(o, 0) for _,o in df.pid.groupby(shifted)]).sort_index()
     pid += shifted*(pid[~shifted].max()+1)
-    if b.shift or not all_match(r'\d+', df.pid): df['pid_name'] = df.pid
+    if b.shift or not _all_match(r'\d+', df.pid): df['pid_name'] = df.pid
     notes = [n for *_,notes in read for n in notes]
     first = b.cam0
-    if first is not None and all_match(r'\d+', df.camid) and (low := df.camid.astype(int).min())<first:
+    if first is not None and _all_match(r'\d+', df.camid) and (low := df.camid.astype(int).min())<first:
         notes.append(f'cameras are counted from {low} here, and from {first} in the published set')
         first = low
     return df.assign(pid=pid, camid=codes_of(df.camid, first), dsetid=b.name),notes
