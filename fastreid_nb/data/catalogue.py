@@ -94,6 +94,7 @@ veri776 = _reader('veri776', 'VeRi-776', 2016, 'VeRi|veri|VeRi_with_plate',
     dict(train=[(576,37778,20),(575,37746,20)], query=(200,1678,19), gallery=(200,11579,19)), 'vehicle', cam0=1,
     status='On request.', link='https://vehiclereid.github.io/VeRi/')
 
+# %% ../../nbs/00j_data.catalogue.ipynb #15f923dd
 def _list(names, **kwargs):
     "Source of a list in train_test_split, which goes by one of the `names`"
     return FileSource('|'.join(f'train_test_split/{o}.txt' for o in names.split('|')), **kwargs)
@@ -112,6 +113,7 @@ def _vehicleid_row(size, ids, images):
 _vehicleid_sizes = dict(small=(800,6493), medium=(1600,13377), large=(2400,19777))
 _vehicleid = {k:_vehicleid_row(k, *o) for k,o in _vehicleid_sizes.items()}
 
+# %% ../../nbs/00j_data.catalogue.ipynb #69e071b5
 def vehicleid(
     path:str|Path, # Folder VehicleID_V1.0, with image and train_test_split, or the folder above it
     size:str='small', # 'small', 'medium' or 'large': 800, 1,600 or 2,400 test vehicles

@@ -121,6 +121,7 @@ def _scan_chunk(df, damage=False):
     out['contrast'] = np.ptp(grey, (1,2))
     return out,errors,damaged
 
+# %% ../../nbs/00f_data.copies.ipynb #754f9f2b
 def _chunks(dfs, n, damage):
     "`_scan_chunk` of each table in order, by `n` processes"
     look = partial(_scan_chunk, damage=damage)

@@ -272,6 +272,7 @@ def _repr_html_(self:DoctorReport):
         rows.append(_cells('td', (f'<b>{f.severity}</b>', len(f.rows), escape(f.what), examples, escape(f.fix))))
     return f'<p>{escape(self.title)}</p><table>{_cells("tr", rows)}</table>'
 
+# %% ../../nbs/00g_data.doctor.ipynb #39793f8c
 @patch
 def to_df(self:DoctorReport)->pd.DataFrame: # Severity, finding, split, row, path, pid, camid, other, detail, fix
     "Every row of every finding"

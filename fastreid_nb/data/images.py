@@ -264,6 +264,7 @@ def check_pixels(
     advice = 'make it smaller, or raise Image.MAX_IMAGE_PIXELS and max_pixels'
     raise ValueError(f'{w}×{h} pixels, more than the {most:,} that are read: {advice}')
 
+# %% ../../nbs/00b_data.images.ipynb #a4226057
 def open_pil(
     raw:bytes, # Content of a file
 )->Image.Image: # In any mode

@@ -13,10 +13,9 @@ from io import StringIO
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.meta import delegates
-from .core import (Protocol, ReIDData, box_columns, code_names, matchable, pick_ids, query_tables,
-    split_columns, visible, with_answers)
-from fastreid_nb.data.images import (by_ending, image_exts, is_image, list_files, market_dirs, market_names,
-    with_boxes)
+from .core import Protocol, ReIDData, box_columns, code_names, matchable
+from .core import pick_ids, query_tables, split_columns, visible, with_answers
+from .images import by_ending, image_exts, is_image, list_files, market_dirs, market_names, with_boxes
 
 # %% ../../nbs/00c_data.own.ipynb #bf501cb0
 _known = {*split_columns, 'trackid', 'split', 'image', *code_names.values(), 'bbox', *box_columns} # What `cols` may map
@@ -38,6 +37,7 @@ def _with_path(df, notes):
     if (is_name | df.image.isna()).all(): return df.drop(columns='image')
     return df.assign(image=df.image.where(~is_name, None))
 
+# %% ../../nbs/00c_data.own.ipynb #c2c895e1
 def _hint(missing, columns):
     "Which of `columns` may be the one that is missing"
     lower = {str(o).strip().lower():o for o in columns}
@@ -77,6 +77,7 @@ _nobody = {'unknown', 'unk', 'unidentified', 'not identified', 'unknown id', 'un
     'unlabeled', 'unlabelled', 'no id', 'new whale', 'new individual', 'distractor', 'distractors', '?', '??', '???'}
 _doubtful = {'', 'na', 'n a', 'nan', 'null', 'none', 'nobody', 'other', 'others', 'background', 'junk', 'undefined'}
 
+# %% ../../nbs/00c_data.own.ipynb #7a56e670
 def _telling(s, what, notes):
     "`s` with -1 for nobody in particular, and notes on names that look like one another or like nobody"
     texts = [o for o in s.dropna().unique() if isinstance(o, str)]

@@ -51,6 +51,7 @@ def must_exist(folder, names, what, listed=list_images):
     said = f'{len(gone)} of {len(names)} images of {what} are not in {folder}'
     raise FileNotFoundError(f'{said}, first {visible(gone[0])}')
 
+# %% ../../nbs/00d_data.readers.ipynb #9e2487e7
 def _left_out(paths, s, why):
     return [f'{len(paths)} images in {s.where} {why}, first {visible(paths[0])}'] if paths else []
 
