@@ -326,7 +326,7 @@ def test_strangers_do_not_choose_cameras():
     assert len(data.query)==3 and data.protocol=='no_camera'
 
 def test_no_query_is_said():
-    df = pd.DataFrame(dict(path=list('abcdef'), pid=[0,0,1,1,2,2], camid=[0,0,1,1,2,2]))
+    df = pd.DataFrame(dict(path=list('abcdef'), pid=[0,1,2,3,4,5], camid=[0,0,1,1,2,2]))
     data = from_df(df, test_frac=1.)
     assert not len(data.query) and 'no query could be made' in data.notes[-1]
 

@@ -96,6 +96,12 @@ def test_import_of_no_notebook(tmp_path, text, module):
     f"import_module('{lib}.augment.core')", f'from {lib} import __version__', 'import fastreid_nbs.x'])
 def test_no_import(tmp_path, text): silent(build(tmp_path, {('00_data', 3):text}), 'upward_imports')
 
+def test_late_name(tmp_path):
+    "A name looked up in a later room needs a reason"
+    house = build(tmp_path/'one', {('00_data', 3):"#| export\nx = later('flip')"})
+    fault(house, 'late_names', 'looks up `flip` in a later room')
+    silent(build(tmp_path/'other', {('00_data', 3):"x = later('flip')"}), 'late_names')
+
 def test_import_of_itself(tmp_path):
     house = build(tmp_path, {('00_data', 6):f'from {lib}.data.core import read'})
     fault(house, 'upward_imports', '00_data.ipynb, cell 6 #')

@@ -80,6 +80,9 @@ def read_room(path, root):
     if (root/room.file).exists(): room.lines = (root/room.file).read_text(encoding='utf-8').splitlines()
     return room
 
+may_be_late = {'ScoreReID':'every learner scores, and scores need the rooms of evaluation',
+    'load_pretrained':'a command or a learner may be given any file of weights'}
+
 @dataclass
 class House:
     "The notebooks of a repository in their order, but for the index"
@@ -92,10 +95,15 @@ class House:
         packages = {o.rpartition('.')[0] for o in self.by_module}
         self.known = {f'{lib}.{o}' for o in {*self.by_module, *packages, 'all'}}
         self.uses = {o.module:self.builds_on(o) for o in self.rooms}
+        self.late = {o.module:self.looked_up(o) for o in self.rooms}
     def imports(self, cell):
         "Modules of the library that a cell imports, in functions too, without `fastreid_nb.`"
         found = [o for node in nodes(cell) for o in targets(node, self.known)]
         return list(dict.fromkeys(o.removeprefix(f'{lib}.') for o in found if o.startswith(f'{lib}.')))
+    def looked_up(self, room):
+        "Names that a room finds in `fastreid_nb.all` when it needs them, by `later('NAME')`"
+        code = '\n'.join(c.source for c in room.cells if is_exported(c))
+        return set(re.findall(r"\blater\('(\w+)'\)", code))
     def builds_on(self, room): return {o for c in room.cells if is_exported(c) for o in self.imports(c)}
     @property
     def wide_share(self): return sum(o.n_wide for o in self.rooms)/max(1, sum(len(o.lines) for o in self.rooms))
@@ -110,7 +118,7 @@ def listed(rooms):
 def intro_line(room, house):
     "What the imports say about `room`"
     below = [o for o in house.rooms if o.module in house.uses[room.module]]
-    above = [o for o in house.rooms if room.module in house.uses[o.module]]
+    above = [o for o in house.rooms if room.module in house.uses[o.module] or house.late[o.module] & {*room.public}]
     return f'**Builds on** {listed(below) or "nothing"}. **Used by** {listed(above) or "your own code"}.'
 
 def write_intro(room, house):
@@ -133,6 +141,12 @@ def upward_imports(house):
             owner = house.by_module.get(target)
             why = f'but {owner.name} does not stand before it' if owner else 'which no notebook writes'
             yield f'{room.at(cell)}: imports {lib}.{target}, {why}'
+
+def late_names(house):
+    "Only the names in `may_be_late` are looked up in a later room"
+    for room in house.rooms:
+        for name in sorted(house.late[room.module]-may_be_late.keys()):
+            yield f'{room.name}.ipynb: looks up `{name}` in a later room; give the reason in `may_be_late`, or import it from below'
 
 def names_and_modules(house):
     "A notebook is named like its module, which is there"
@@ -246,7 +260,7 @@ def silent_defs(house):
         silent = [o for o in exported if not prose & {o.idx_-1, o.idx_+1}]
         yield from (f'{room.at(c)}: no markdown beside `{o}`' for c in silent for o in public_defs(c))
 
-rules = [upward_imports, names_and_modules, letters_and_numbers, modules_and_packages, intros, unused_names, crowd,
+rules = [upward_imports, late_names, names_and_modules, letters_and_numbers, modules_and_packages, intros, unused_names, crowd,
     hidden_names, long_modules, wide_lines, long_stretches, silent_defs]
 
 @call_parse

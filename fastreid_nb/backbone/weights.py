@@ -160,7 +160,7 @@ class Peeled:
     prefix:str = '' # What was taken off
     dropped:dict = field(default_factory=dict) # Name in the file to the reason why it was left out
 
-    def inside(self, top, groups):
+    def _inside(self, top, groups):
         "The same one word further down"
         copies,gone = _copies(groups),dict(self.dropped)
         for k in self.state:
@@ -181,7 +181,7 @@ def peelings(
     gone = _copies(groups)
     tops = [k for k in groups if k and k not in gone and 4*_size(groups[k])>=_size(peeled.state)/(1+len(gone))]
     if known: tops = [k for k in tops if k in known and not groups.keys()-{k}-gone.keys()]
-    inner = [peelings(peeled.inside(k, groups), known) for k in sorted(tops, key=lambda k: -_size(groups[k]))]
+    inner = [peelings(peeled._inside(k, groups), known) for k in sorted(tops, key=lambda k: -_size(groups[k]))]
     return [peeled, *sum(inner, [])]
 
 def unprefixed(

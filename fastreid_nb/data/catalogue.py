@@ -32,7 +32,8 @@ def _reader(*args, **kwargs): return benchmark_reader(Benchmark(*args, **kwargs)
 def _train_only(name, title, year, folders, where, regex, eg, counts, keep=None, status='To train on.', **kwargs):
     "A set without a test, all in one place; `counts` are those of training"
     source = FileSource(where, regex, eg)
-    protocol = 'no_camera' if counts[2]==1 else 'market'
+    first = counts[0] if isinstance(counts, list) else counts
+    protocol = 'no_camera' if first[2]==1 else 'market'
     return _reader(name, title, year, folders, dict(train=replace(source, keep=keep) if keep else source),
         dict(train=counts), protocol=protocol, status=status, **kwargs)
 
@@ -44,7 +45,7 @@ ilids_vid = _train_only('ilids_vid', 'iLIDS-VID', 2014, 'iLIDS|i-LIDS-VID|iLIDS-
     r'(?:[^/]+/)?(?P<pid>[^/]+)/(?P<camid>[^_/]+)_[^/]*', 'cam1/person001/cam1_person001_00317.png', (300,None,2))
 pku_reid = _train_only('pku_reid', 'PKU-Reid', 2016, 'PKUv1a_128x48', '.', _pc, '1_1_1.png', (114,1824,2),
     link='https://arxiv.org/abs/1605.02464')
-prai1581 = _train_only('prai1581', 'PRAI-1581', 2020, 'PRAI-1581', 'images', _pc, '0001_1_0001.jpg', (1581,39461,None),
+prai1581 = _train_only('prai1581', 'PRAI-1581', 2020, 'PRAI-1581', 'images', _pc, '0001_1_0001.jpg', [(1581,39461,None),(1580,39481,None)],
     link='https://arxiv.org/abs/1908.05024')
 prid2011 = _train_only('prid2011', 'PRID-2011', 2011, 'prid_2011|PRID2011', 'slim_train|multi_shot',
     r'(?:cam_(?P<camid>[ab])/)?(?:.*/)?[^/]*_(?P<pid>\d+)/(?:(?P<camid2>[^_/]+)_)?[^/]*', 'cam_a/person_0001/0001.png',
@@ -55,13 +56,13 @@ qmul_grid = _train_only('qmul_grid', 'QMUL GRID', 2009, 'underground_reid', '.',
 
 # %% ../../nbs/00j_data.catalogue.ipynb #5d046ad0
 saivt = _train_only('saivt', 'SAIVT-SoftBio', 2012, 'SAIVT-SoftBio', 'cropped_images',
-    r'(?P<pid>[^/]+)/[^-/]*-[^-/]*-(?P<camid>[^-/.]+)[^/]*', '001/0001-0045-C3-0001.jpeg', (152,64472,8))
+    r'(?P<pid>[^/]+)/[^-/]*-[^-/]*-(?P<camid>[^-/.]+)[^/]*', '001/0001-0045-C3-0001.jpeg', [(152,64472,8),(152,7150,8)])
 sysu_mm01 = _train_only('sysu_mm01', 'SYSU-MM01', 2017, 'SYSU-MM01', '.', r'cam(?P<camid>[1245])/(?P<pid>\d+)/[^/]*',
-    'cam1/0001/0001.jpg', (491,None,4), cam0=1, status='To train on: the four cameras for visible light.',
+    'cam1/0001/0001.jpg', [(491,None,4),(510,30071,4)], cam0=1, status='To train on: the four cameras for visible light.',
     link=cvf+'iccv_2017/html/Wu_RGB-Infrared_Cross-Modality_Person_ICCV_2017_paper.html')
 thermalworld = _train_only('thermalworld', 'ThermalWorld', 2018, 'thermalworld_rgb', '.', _p, '1/0001.jpg',
     (409,8103,1))
-pes3d = _train_only('pes3d', '3DPeS', 2011, '3DPeS', '.', _p, '1/1_3_FRAME_25_RGB.bmp', (192,1011,1),
+pes3d = _train_only('pes3d', '3DPeS', 2011, '3DPeS', '.', _p, '1/1_3_FRAME_25_RGB.bmp', [(192,1011,1),(193,1012,1)],
     status='To train on; its 8 cameras are not read.')
 caviar4reid = _train_only('caviar4reid', 'CAVIAR4REID', 2011, 'CAVIARa|CAVIAR4REID', '.', r'(?P<pid>\d{4})[^/]*',
     '0001001.jpg', (72,1220,1), status='To train on; its 2 cameras are not read.')
@@ -69,14 +70,14 @@ lpw = _train_only('lpw', 'LPW', 2018, 'pep_256x128', 'data_slim|.',
     r'(?P<camid>(?P<pid>scen\d)/[^/]+)/(?P<pid2>[^/]+)/[^/]*', 'scen1/view1/1/0001.jpg', (2731,None,11),
     link='https://arxiv.org/abs/1711.08766')
 shinpuhkan = _train_only('shinpuhkan', 'Shinpuhkan', 2014, 'shinpuhkan', '.',
-    r'(?:.*/)?(?P<pid>[^_/]+)_[^_/]+_(?P<camid>[^_/.]+)[^/]*', '001/001_001_04_0001.jpg', (24,None,16))
+    r'(?:.*/)?(?P<pid>[^_/]+)_[^_/]+_(?P<camid>[^_/.]+)[^/]*', '001/001_001_04_0001.jpg', [(24,None,16),(24,4501,8)])
 wildtrack = _train_only('wildtrack', 'WILDTRACK crops', 2018, 'Wildtrack_crop_dataset', 'crop',
     r'(?P<pid>[^/]+)/(?P<camid>[^_/]+)_[^/]*', '0/C1_00000000.png', (313,33979,7),
     link='https://www.epfl.ch/labs/cvlab/data/data-wildtrack/')
 airport_alert = _reader('airport_alert', 'Airport', 2017, 'AirportALERT',
     dict(train=FileSource('filepath.txt', r'(?P<path>(?P<camid>[^/]+)/(?P<pid>\d+)/.+?)\s*', '01\\11001\\0001.jpg',
         keep=range(11001, 402000), folder='.')), dict(train=(None,None,6)),
-    link='https://arxiv.org/abs/1605.09653', status='To train on: identities from 11001.')
+    link='https://arxiv.org/abs/1605.09653', status='To train on: identities 11001 to 401999.')
 sensereid = _reader('sensereid', 'SenseReID', 2017, 'SenseReID',
     dict(train=tuple(FileSource(o, _pc, '00001_1.jpg') for o in ('test_prob|test_probe','test_gallery'))),
     dict(train=(1717,4428,2)), status='To train on.',
@@ -118,7 +119,7 @@ def vehicleid(
     "PKU VehicleID: one random image of each test vehicle is in the gallery, all others are queries"
     b = _pick(_vehicleid, size)
     df,notes = read_table(b, find_root(b, path))
-    test = df[df.split=='test']
+    test = df[df.split=='test'].sort_values('path')   # the draw does not depend on the order of the list
     df.loc[test.index, 'split'] = 'query'
     df.loc[test.sample(frac=1, random_state=seed).drop_duplicates('pid').index, 'split'] = 'gallery'
     return split_data(b, df, notes, check)

@@ -8,13 +8,15 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/data.copies.html.md"""
 __all__ = ['perceptual_hash', 'near_pairs']
 
 # %% ../../nbs/00f_data.copies.ipynb #940ab5ab
-import sys, warnings
+import os, sys, warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
-from io import BytesIO
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryFile
 
 # %% ../../nbs/00f_data.copies.ipynb #986d1ad5
 import numpy as np, pandas as pd
@@ -22,7 +24,7 @@ from fastcore.basics import num_cpus
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from .core import box_columns, image_keys
-from .images import TableImages, read_bytes, to_pil, to_rgb
+from .images import TableImages, check_pixels, decode_jpeg, open_pil, read_bytes, to_pil, to_rgb
 
 # %% ../../nbs/00f_data.copies.ipynb #5c487e88
 _side = 16 # of the small copy, pixels
@@ -36,8 +38,8 @@ def _open(ims, i):
         im = to_pil(ims[i])
         return im,im.size,_code(im.tobytes(), im.size)
     raw = source if isinstance(source, bytes) else read_bytes(source)
-    with Image.open(BytesIO(raw)) as im:
-        size = im.size
+    with open_pil(raw) as im:
+        check_pixels(*(size := im.size))
         im.draft(None, (2*_side,2*_side))
         if im.format=='JPEG' and im.mode=='RGB' and not {'exif','xmp'} & im.info.keys():
             im.load()
@@ -75,15 +77,34 @@ def hamming(
     "Number of bits in which two hashes of W words differ"
     return np.bitwise_count(a ^ b).sum(-1, dtype=int)
 
+# %% ../../nbs/00f_data.copies.ipynb #ffdfd04f
+@contextmanager
+def _listening():
+    "Yield a function that tells whether the decoder warns about the content of a JPEG file"
+    with TemporaryFile() as f:
+        try: stream = os.dup(2)
+        except OSError: stream = None
+        def warns(raw):
+            if stream is None or raw[:2]!=b'\xff\xd8': return False
+            before = os.fstat(f.fileno()).st_size
+            os.dup2(f.fileno(), 2)
+            try: decode_jpeg(raw)
+            finally: os.dup2(stream, 2)
+            return os.fstat(f.fileno()).st_size>before
+        yield warns
+        if stream is not None: os.close(stream)
+
 # %% ../../nbs/00f_data.copies.ipynb #7848da49
 _fields = [('width','i4'), ('height','i4'), ('content','u8'), ('hash_a','u8'), ('hash_b','u8'), ('colour','u1'),
     ('contrast','u1')]
 
-def _scan_chunk(df):
-    "Measurements of the rows of `df` as an array, and what is wrong with those that cannot be read"
-    ims,out,errors = TableImages(df),np.zeros(len(df), _fields),{}
+def _content(source): return source if isinstance(source, bytes) else read_bytes(source)
+
+def _scan_chunk(df, damage=False):
+    "Measurements of the rows of `df` as an array, what is wrong with those that cannot be read, and damaged rows"
+    ims,out,errors,damaged = TableImages(df),np.zeros(len(df), _fields),{},[]
     strip = Image.new('RGB', (_side,_side*len(df)))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _listening() as warns:
         warnings.simplefilter('ignore')   # of odd EXIF data: thousands of lines for one set
         for i in range(len(df)):
             try: im,(w,h),code = _look(ims, i)
@@ -92,18 +113,20 @@ def _scan_chunk(df):
                 continue
             strip.paste(im.resize((_side,_side), Image.BILINEAR), (0,_side*i))
             out[i] = w,h,code,0,0,0,0
+            if damage and isinstance(ims.source(i), (str,Path,bytes)) and warns(_content(ims.source(i))): damaged.append(i)
     x = np.asarray(strip).reshape(-1, _side, _side, 3)
     grey = x @ np.array([.299,.587,.114])
     out['hash_a'],out['hash_b'] = perceptual_hash(grey).T
     out['colour'] = np.ptp(np.moveaxis(x, 3, 0).copy(), 0).max((1,2))
     out['contrast'] = np.ptp(grey, (1,2))
-    return out,errors
+    return out,errors,damaged
 
-def _chunks(dfs, n):
+def _chunks(dfs, n, damage):
     "`_scan_chunk` of each table in order, by `n` processes"
-    if n<2 or len(dfs)<2: return (yield from map(_scan_chunk, dfs))
+    look = partial(_scan_chunk, damage=damage)
+    if n<2 or len(dfs)<2: return (yield from map(look, dfs))
     ex = ProcessPoolExecutor(min(n, len(dfs)), get_context('fork' if sys.platform=='linux' else None))
-    try: yield from ex.map(_scan_chunk, dfs)
+    try: yield from ex.map(look, dfs)
     except BrokenProcessPool as e:
         raise ChildProcessError('a process that reads images was killed (no memory left?): try fewer workers') from e
     finally: ex.shutdown(cancel_futures=True)
@@ -112,20 +135,23 @@ def scan_images(
     df:pd.DataFrame, # A split, or any table with a column path
     n_workers:int=None, # Processes; by default one per core, at most 16, on Linux, and none elsewhere
     progress:bool=True, # Show a bar that counts 256 images at a time?
-)->pd.DataFrame: # Columns width, height (pixels), content, hash_a, hash_b, colour, contrast (grey levels), error (text)
+    damage:bool=False, # Decode every JPEG in full, to see whether it is damaged inside?
+)->pd.DataFrame: # width, height (pixels), content, hash_a, hash_b, colour, contrast (grey levels), error (text), damaged
     "Look at each image once"
     df = df[[o for o in ('path','image',*box_columns) if o in df]].reset_index(drop=True)
     keys = image_keys(df)
     if 'image' in df: keys = keys.where(df.image.isna(), df.index)
     at,first = pd.factorize(keys)[0],~keys.duplicated().to_numpy()
-    todo,arrays,errors = df[first],[],{}
+    todo,arrays,errors,damaged = df[first],[],{},[]
     dfs = [todo[i:i+256] for i in range(0, len(todo), 256)]
-    done = _chunks(dfs, n_workers or (min(16, num_cpus()) if sys.platform=='linux' else 1))
+    done = _chunks(dfs, n_workers or (min(16, num_cpus()) if sys.platform=='linux' else 1), damage)
     if progress and len(dfs)>1: done = progress_bar(done, total=len(dfs), leave=False)
-    for out,err in done:
+    for out,err,hurt in done:
+        damaged += [256*len(arrays)+i for i in hurt]
         errors |= {256*len(arrays)+i:e for i,e in err.items()}
         arrays.append(out)
     scan = pd.DataFrame(np.concatenate([np.zeros(0, _fields), *arrays]))
+    scan['damaged'] = scan.index.isin(damaged)
     return scan.assign(error=pd.Series(errors, dtype=object).reindex(scan.index)).iloc[at].reset_index(drop=True)
 
 # %% ../../nbs/00f_data.copies.ipynb #c3038a09

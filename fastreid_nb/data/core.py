@@ -9,6 +9,7 @@ __all__ = ['protocols', 'Protocol', 'choose_protocol', 'ReIDData', 'split_query_
 
 # %% ../../nbs/00_data.ipynb #41a7592d
 from dataclasses import astuple, dataclass, field
+from html import escape
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 
@@ -16,15 +17,25 @@ from fastcore.basics import patch
 split_columns = ['path', 'pid', 'camid', 'dsetid']
 box_columns = ['x', 'y', 'w', 'h'] # Optional: left, top, width, height of a crop in its frame, pixels
 
+# %% ../../nbs/00_data.ipynb #02357cd8
+def visible(
+    text, # Anything; its text is taken
+)->str: # Printable characters only
+    "Text from outside, such as a file's name, with control characters and bytes that are no UTF-8 spelt out"
+    text = str(text)
+    if text.isprintable(): return text
+    return ''.join(o if o.isprintable() else o.encode('unicode_escape').decode() for o in text)
+
 # %% ../../nbs/00_data.ipynb #a0365044
 def box_array(
     df:pd.DataFrame, # A split
 )->np.ndarray: # (N,4) left, top, right, bottom, pixels; zeros for the whole image; None without the four columns
     "Boxes from the columns of `box_columns`"
     if not set(box_columns)<=set(df): return None
-    box = df[box_columns].apply(pd.to_numeric, errors='coerce').to_numpy(float, copy=True)
-    whole = np.isnan(box).all(1)
-    good = np.isfinite(box).all(1) & (box[:,2:]>=1).all(1)
+    given = df[box_columns]
+    box = given.apply(pd.to_numeric, errors='coerce').to_numpy(float, copy=True)
+    whole = (given.isna() | given.eq('')).to_numpy().all(1)
+    good = (np.abs(box)<2**30).all(1) & (box[:,2:]>=1).all(1)
     if len(bad := np.flatnonzero(~whole & ~good)):
         first = f'first in row {bad[0]}: (x, y, w, h) is {tuple(df[box_columns].iloc[bad[0]])}'
         wanted = 'four numbers with w and h of 1 pixel or more, or four empty fields for the whole image'
@@ -103,15 +114,77 @@ def choose_protocol(
     one_table = 'path' in both and len(q)>1 and set(image_keys(q))==set(image_keys(g))
     return 'leave_one_out' if one_table else 'no_camera'
 
+# %% ../../nbs/00_data.ipynb #8a14a1db
+code_names = dict(pid='pid_name', camid='cam_name', trackid='track_name') # Code column → column of its names
+
+def _plain(o): return str(int(o)) if isinstance(o, (int,float,np.number)) and o==o//1 else str(o)
+
+def _is_named(df, code, name): return code in df and name in df and pd.api.types.is_integer_dtype(df[code])
+
+def _names(df, code, name):
+    "Code, name, and name within its data set, once for each that occurs"
+    known = df[(df[code]>=0) & df[name].notna()].drop_duplicates([code,name])
+    text = known[name].map(_plain)
+    sets = known.dsetid.astype(str) if 'dsetid' in known else ''
+    return pd.DataFrame(dict(code=known[code], name=text, full=sets+'/'+text))
+
+def _one_to_one(pairs, name):
+    "Has every code one name, and every name one code?"
+    pairs = pairs[['code',name]].drop_duplicates()
+    return not (pairs.code.duplicated().any() or pairs[name].duplicated().any())
+
+def _renumber(df, code, name, numbers):
+    "`df` with the codes that `numbers` gives to its names; a code below 0 stays"
+    new = df[name].map(lambda o: numbers.get(_plain(o)), na_action='ignore')
+    return df.assign(**{code:new.where(df[code]>=0, df[code]).astype('int64')})
+
+# %% ../../nbs/00_data.ipynb #5ad889d4
+def match_names(
+    q:pd.DataFrame, # Queries
+    g:pd.DataFrame, # Gallery
+)->tuple: # Both tables, and sentences on what was numbered anew
+    "Give one code to one name where codes and names of two tables disagree"
+    said = []
+    for code,name in code_names.items():
+        if not all(_is_named(o, code, name) for o in (q,g)): continue
+        pairs = pd.concat([_names(q, code, name), _names(g, code, name)], ignore_index=True)
+        if _one_to_one(pairs, 'name') or _one_to_one(pairs, 'full'): continue
+        if any((o[name].isna() & (o[code]>=0)).any() for o in (q,g)):
+            raise ValueError(f'{code} and {name} of query and gallery disagree, and some rows have no {name}: '
+                'number both tables in one call')
+        numbers = {o:i for i,o in enumerate(sorted(set(pairs.name)))}
+        q,g = (_renumber(o, code, name, numbers) for o in (q,g))
+        said.append(f'{code} of query and gallery was numbered in separate calls: it follows {name} now')
+    return q,g,said
+
 # %% ../../nbs/00_data.ipynb #5d4fca7d
 def _checked(df, what):
     "Split `df` with codes as int64, if the four columns are there"
+    if not df.columns.is_unique: raise ValueError(f'{what} has columns {list(df)}: two of them have one name')
     if missing := [c for c in split_columns if c not in df]:
         raise ValueError(f'{what} has columns {list(df)}: {missing} missing')
     if bad := [c for c in ('pid','camid') if len(df) and not pd.api.types.is_integer_dtype(df[c])]:
         raise ValueError(f'{bad} of {what}: expected whole numbers; from_df makes them out of anything')
     return df.astype(dict(pid='int64', camid='int64'))
 
+def _beside(train, q, g):
+    "Queries and gallery with codes that do not mean somebody else in training, and sentences on it"
+    said = []
+    for code,name in code_names.items():
+        if not all(_is_named(o, code, name) for o in (train,q,g)): continue
+        old,new = _names(train, code, name),_names(pd.concat([q,g]), code, name)
+        both = old.merge(new, on='code')
+        if (both.name_x==both.name_y).all() or old.name.duplicated().any() or new.name.duplicated().any(): continue
+        if any((o[name].isna() & (o[code]>=0)).any() for o in (q,g)): continue
+        numbers = dict(zip(old.name, old.code))
+        first = max(old.code.max(), new.code.max())+1
+        numbers |= {o:first+i for i,o in enumerate(sorted(set(new.name)-set(old.name)))}
+        q,g = (_renumber(o, code, name, numbers) for o in (q,g))
+        said.append(f'{code} of training and test was numbered in separate calls: it follows {name} now')
+    return q,g,said
+
+
+# %% ../../nbs/00_data.ipynb #70dede04
 @dataclass(eq=False)
 class ReIDData:
     "Training, query and gallery tables of one data set"
@@ -124,6 +197,9 @@ class ReIDData:
 
     def __post_init__(self):
         for k,df in self.splits.items(): setattr(self, k, _checked(df, f'{k} of {self.name!r}'))
+        self.query,self.gallery,said = match_names(self.query, self.gallery)
+        self.query,self.gallery,more = _beside(self.train, self.query, self.gallery)
+        self.notes.extend(said+more)
         self.protocol = as_protocol(self.protocol or choose_protocol(self.query, self.gallery))
         self.protocol.codes(self.query, self.gallery)   # raises if a column is missing
 
@@ -144,12 +220,14 @@ def summary(self:ReIDData)->pd.DataFrame: # One row per split: identities, image
 
 @patch
 def __repr__(self:ReIDData):
-    return '\n'.join([f'{self.name} (protocol {self.protocol})', self.summary().to_string(), *self.notes])
+    title = f'{visible(self.name)} (protocol {self.protocol})'
+    return '\n'.join([title, self.summary().to_string(), *map(visible, self.notes)])
 
 @patch
 def _repr_html_(self:ReIDData):
-    notes = [f'<p>{o}</p>' for o in self.notes]
-    return ''.join([f'<b>{self.name}</b> (protocol {self.protocol})', self.summary().to_html(), *notes])
+    notes = [f'<p>{escape(visible(o))}</p>' for o in self.notes]
+    title = f'<b>{escape(visible(self.name))}</b> (protocol {escape(str(self.protocol))})'
+    return ''.join([title, self.summary().to_html(), *notes])
 
 # %% ../../nbs/00_data.ipynb #22076e2c
 def matchable(
@@ -162,6 +240,24 @@ def matchable(
     per_source = pd.DataFrame(dict(pid=g.pid.to_numpy(), source=g_src)).value_counts()
     own_source = per_source.reindex(pd.MultiIndex.from_arrays([q.pid,q_src])).fillna(0).to_numpy()
     return (there>own_source) & (q.pid>=0).to_numpy()
+
+# %% ../../nbs/00_data.ipynb #65f35106
+def with_answers(
+    data:ReIDData, # Changed in place
+)->ReIDData: # `data`
+    "Turn to the next strictest protocol, with a note, if the present one leaves no query an answer and that one does"
+    strict = data.protocol
+    if not len(data.query) or matchable(data).any(): return data
+    tracks = 'trackid' in data.query and 'trackid' in data.gallery
+    for name in ['tracklet']*tracks + ['no_camera']:
+        data.protocol = as_protocol(name)
+        if not matchable(data).any(): continue
+        why = f'under {strict} no query has a match'
+        if strict.source=='camid': why = f'every identity was seen by one camera only, and {why}'
+        data.notes.append(f'protocol {name}: {why}')
+        return data
+    data.protocol = strict
+    return data
 
 # %% ../../nbs/00_data.ipynb #3a59e538
 def _pick_queries(df, by):
@@ -179,8 +275,10 @@ def split_query_gallery(
     "Split test images so that every query has an image left to find whenever its identity allows one"
     df = df.reset_index(drop=True)
     known = df[df.pid>=0]
-    by = 'camid' if known.camid.nunique()>1 else 'trackid' if 'trackid' in df else None
-    is_query = df.index.isin(_pick_queries(known.sample(frac=1, random_state=seed), by))
+    rules = ['camid']*(known.camid.nunique()>1) + ['trackid']*('trackid' in df) + [None]
+    known = known.sample(frac=1, random_state=seed)
+    picked = (_pick_queries(known, by) for by in rules)
+    is_query = df.index.isin(next((o for o in picked if len(o)), []))
     return df[is_query].reset_index(drop=True), df[~is_query].reset_index(drop=True)
 
 # %% ../../nbs/00_data.ipynb #d467e275

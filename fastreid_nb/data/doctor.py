@@ -17,7 +17,7 @@ from pathlib import Path
 # %% ../../nbs/00g_data.doctor.ipynb #9431f9b0
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import ReIDData, as_protocol, box_columns, image_keys, matchable, split_columns
+from .core import ReIDData, as_protocol, box_columns, image_keys, matchable, split_columns, visible
 from .copies import hamming, near_other, scan_images
 from .files import atomic_path
 
@@ -41,7 +41,7 @@ class Finding:
         "The first cases in short; a pair is shown once"
         pairs = [frozenset(o) for o in zip(self.rows.path, self.rows.other)]
         rows = self.rows[~pd.Series(pairs, index=self.rows.index, dtype=object).duplicated()][:n]
-        return [_example(o, short) for o in rows.itertuples()]
+        return [visible(_example(o, short)) for o in rows.itertuples()]
 
 def _example(row, short):
     "One case in short: two paths, or a path and a detail"
@@ -64,16 +64,19 @@ def _all_rows(data):
     names = rows.get('pid_name', rows.pid).astype(object)
     return rows.assign(path=rows.path.astype(str), key=image_keys(rows), who=names.where(names.notna(), rows.pid))
 
-def _examined(data, n_workers=None, progress=False):
+def _examined(data, n_workers=None, progress=False, damage=False):
     "`_all_rows` beside what `scan_images` saw"
     rows = _all_rows(data)
-    return pd.concat([rows.drop(columns='image', errors='ignore'), scan_images(rows, n_workers, progress)], axis=1)
+    return pd.concat([rows.drop(columns='image', errors='ignore'), scan_images(rows, n_workers, progress, damage)], axis=1)
 
 # %% ../../nbs/00g_data.doctor.ipynb #88831ccc
 def _doubly_listed(rows):
     "Rows that list an image once more in their split, and were not meant to, as those of `resample` are"
     again = rows[rows.duplicated(['split','key'])]
-    return again[~(pd.to_numeric(again['copy'], errors='coerce')>0)] if 'copy' in again else again
+    if 'copy' not in rows: return again
+    marked = pd.to_numeric(rows['copy'], errors='coerce')>0
+    first = rows[~marked].set_index(['split','key']).index   # `resample` marks a copy and leaves its original unmarked
+    return again[~(marked[again.index] & pd.MultiIndex.from_frame(again[['split','key']]).isin(first))]
 
 def _on_both_sides(train, test):
     "One training row for each identity that the test has too, with an image of it there"
@@ -129,6 +132,8 @@ def _look_findings(rows, min_side, max_aspect, max_scale, grey, flat):
     reason = [e.removeprefix(f'cannot read the image {p}: ').replace(f' {p}', '') for e,p in zip(bad.error, bad.path)]
     yield _finding('error', 'unreadable images', 'repair or remove them, or use skip_bad', bad, reason)
     rows = rows[rows.error.isna()]
+    fix = 'bytes were changed after saving: get them anew'
+    yield _finding('warning', 'images damaged inside (the decoder warned)', fix, rows[rows.damaged])
     sides = rows[['width','height']]
     short,tall,mid = sides.min(axis=1),sides.max(axis=1),rows.height.median()
     is_flat = rows.contrast<flat
@@ -232,7 +237,7 @@ class DoctorReport:
     @property
     def title(self):
         counts = {s:sum(f.severity==s for f in self.findings) for s in severities}
-        return f'{self.name}: {self.n_images} images, ' + ', '.join(f'{n} {s}{"s"*(n!=1)}' for s,n in counts.items())
+        return f'{visible(self.name)}: {self.n_images} images, ' + ', '.join(f'{n} {s}{"s"*(n!=1)}' for s,n in counts.items())
 
     @cached_property
     def short(self):
@@ -276,7 +281,7 @@ def to_csv(self:DoctorReport,
     path:str|Path, # File to write; it appears when it is complete
 ):
     "Write every row of every finding to a CSV file"
-    with atomic_path(path) as tmp: self.to_df().to_csv(tmp, index=False)
+    with atomic_path(path) as tmp: self.to_df().to_csv(tmp, index=False, errors='backslashreplace')
 
 # %% ../../nbs/00g_data.doctor.ipynb #14c2978d
 @patch
@@ -293,7 +298,7 @@ def doctor(self:ReIDData,
 )->DoctorReport: # Shows itself; `to_df` and `to_csv` have every row
     "Examine tables and images; nothing is changed"
     near_other(np.zeros((0,2), np.uint64), [], radius)   # an impossible radius is told before the images are read
-    rows = _examined(self, n_workers, progress)
+    rows = _examined(self, n_workers, progress, damage=True)
     found = [*_table_findings(self, rows), *_copy_findings(rows), *_near_findings(self, rows, radius, flat)]
     found += [*_look_findings(rows, min_side, max_aspect, max_scale, grey, flat), *_identity_findings(rows, imbalance)]
     return DoctorReport(self.name, rows.key.nunique(), [f for f in found if len(f.rows)])
@@ -303,6 +308,14 @@ def _without(data, rows):
     "`data` without what is not in `rows`"
     keep = {k:rows.row[rows.split==k] for k in data.splits}
     return replace(data, **{k:o.iloc[keep[k]].reset_index(drop=True) for k,o in data.splits.items()})
+
+def _first_three(errors, n):
+    "The first three of `errors`, a column, among `n` rows, and how many more there are"
+    told = list(dict.fromkeys(errors))
+    more = [f'and {len(told)-3} more: doctor() lists them all']*(len(told)>3)
+    if n==len(errors)>1 and errors.str.startswith('no image ').all():
+        more.append('no image of the table is there: is the root right?')
+    return told[:3]+more
 
 @patch
 def check(self:ReIDData,
@@ -319,9 +332,9 @@ def check(self:ReIDData,
     errs = [f'{f}: {f.fix} (such as {"; ".join(f.examples())})' for f in tables if f.severity=='error']
     others = [*(f for f in tables if f.severity!='error'), *_copy_findings(rows), *_identity_findings(rows, 10)]
     notes = [f'{f}: {f.fix}' for f in others if len(f.rows) and str(f) not in self.notes]
-    if len(bad) and skip_bad: notes.append(f'{len(bad)} unreadable images skipped, first {bad.path.iloc[0]}')
+    if len(bad) and skip_bad: notes.append(f'{len(bad)} unreadable images skipped, first {visible(bad.path.iloc[0])}')
     elif len(bad):
         errs.append(f'{len(bad)} unreadable images (repair or remove them, or use skip_bad):')
-        errs += dict.fromkeys(bad.error)
-    if errs: raise ValueError('\n'.join([f'{self.name}:', *errs]))
+        errs += _first_three(bad.error, len(rows))
+    if errs: raise ValueError('\n'.join(map(visible, [f'{self.name}:', *errs])))
     return replace(data, notes=[*self.notes, *(o for o in notes if o not in self.notes)])

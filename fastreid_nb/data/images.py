@@ -8,23 +8,36 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/data.images.html.md"""
 __all__ = ['read_image', 'TableImages']
 
 # %% ../../nbs/00b_data.images.ipynb #976f9ba4
-import os, re, zipfile
+import os, re, stat, zipfile
+from collections import Counter
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import torchvision # for torch.ops.image; chkstyle: ignore
-from PIL import Image, ImageOps
-from .core import box_array
+from PIL import Image, ImageOps, features
+from .core import box_array, box_columns, visible
 
 # %% ../../nbs/00b_data.images.ipynb #7b96c0e0
+def _one_byte(x):
+    "The values of a 16-bit, 32-bit or float image as 0 to 255"
+    low,high = float(x.min()),float(x.max())
+    if not (low>=0 and high<np.inf):
+        if x.dtype.kind!='f' and high<2**31: return _one_byte(x.clip(0))   # 32 bits have a sign
+        raise ValueError(f'values from {low:.3g} to {high:.3g}: expected [0,1], 0 to 255 or 0 to 65,535')
+    if x.dtype.kind=='f' and high<=1: return (x*255).round().astype(np.uint8)
+    full = next((o for o in (2**8, 2**16, 2**31) if high<o), None)
+    if full is None: raise ValueError(f'values up to {high:.3g}: expected [0,1], 0 to 255 or 0 to 65,535')
+    return (x//(full/256)).astype(np.uint8)
+
 def to_rgb(
     im:Image.Image, # Any mode
 )->Image.Image: # Mode RGB
-    "Upright 8-bit RGB version of `im`: turned as its EXIF data says, 16 bits scaled to 8, transparency on black"
+    "Upright 8-bit RGB version of `im`: turned as its EXIF data says, scaled to 8 bits, transparency on black"
     im = ImageOps.exif_transpose(im)
-    if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/256).clip(0, 255).astype(np.uint8))
+    if im.mode.startswith(('I','F')): im = Image.fromarray(_one_byte(np.asarray(im)))
     if 'A' in im.mode or 'transparency' in im.info:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im)
@@ -40,56 +53,196 @@ def open_archive(
     "The archive at `path`, one handle per process, opened anew when the file has changed"
     return _open_zip(str(path), os.getpid(), os.stat(path).st_mtime_ns)
 
+@lru_cache(64)
+def _members(archive): return {o.filename.replace('\\', '/'):o for o in archive.infolist()}
+
 # %% ../../nbs/00b_data.images.ipynb #adf1dc1d
-def _read_member(path):
-    "Content of `archive.zip/member`"
+max_bytes = 2**28 # Of one file or member
+_flags = os.O_RDONLY | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NONBLOCK', 0)   # a pipe is not waited for
+
+def _check_size(size, most):
+    if size>most: raise ValueError(f'{size:,} bytes, more than the {most:,} that are read; see max_bytes')
+
+def _read_member(path, most, error):
+    "Content of `archive.zip/member`; else of the path with / for \\; else `error`"
     ends = (o.end() for o in re.finditer(r'[.]zip(?=[/\\])', path, re.I))
     cut = next((o for o in ends if os.path.isfile(path[:o])), None)
-    if cut is None: return Path(path).read_bytes()   # raises what fits
+    if cut is None:
+        if '\\' not in path or os.sep!='/': raise error
+        return read_bytes(path.replace('\\', '/'), most)
     archive,member = path[:cut],path[cut+1:].replace('\\', '/')
-    try: return open_archive(archive).read(member)
-    except KeyError as e: raise FileNotFoundError(f'no {member} in {archive}') from e
+    found = _members(open_archive(archive)).get(member)
+    if found is None: raise FileNotFoundError(f'no {member} in {archive}')
+    _check_size(found.file_size, most)
+    return open_archive(archive).read(found)
 
 def read_bytes(
     path:str|Path, # File, or `archive.zip/member`
+    most:int=max_bytes, # Bytes; what is larger is refused before it is read
 )->bytes: # Its content
-    "Read a file, or a member of a zip archive, in as few system calls as possible"
-    try: fd = os.open(path, os.O_RDONLY | getattr(os, 'O_BINARY', 0))
-    except OSError: return _read_member(str(path))
-    try: return os.read(fd, os.fstat(fd).st_size)
+    "Read a regular file, or a member of a zip archive, in as few system calls as possible"
+    try: fd = os.open(path, _flags)
+    except OSError as e: return _read_member(str(path), most, e)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode): raise ValueError('it is not a regular file')
+        _check_size(size := found.st_size, most)
+        raw = os.read(fd, size)
+        while len(raw)<size and (more := os.read(fd, size-len(raw))): raw += more   # of a slow disk
+        return raw
     finally: os.close(fd)
 
 # %% ../../nbs/00b_data.images.ipynb #d6d1e975
-image_exts = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif', '.ppm'}
+_endings = dict(JPEG='jpg jpeg jpe jfif', MPO='mpo', PNG='png apng', BMP='bmp', DIB='dib', GIF='gif', WEBP='webp',
+    TIFF='tif tiff', PPM='ppm pgm pbm pnm pfm', JPEG2000='jp2 j2k jpf jpx jpc j2c', TGA='tga', QOI='qoi', PCX='pcx',
+    SGI='sgi', SUN='ras', AVIF='avif', HEIF='heic heif hif')
+_needs = dict(JPEG2000=features.check('jpg_2000'), WEBP=features.check('webp'), AVIF=features.check('avif'),
+    HEIF=find_spec('pillow_heif') is not None)
+image_exts = {f'.{o}' for k,text in _endings.items() if _needs.get(k, True) for o in text.split()}
+unread_exts = tuple({f'.{o}' for text in _endings.values() for o in text.split()} - image_exts) # For want of a package
+
+@lru_cache(None)
+def image_formats():
+    "The formats of Pillow that are read; those that start other programs are not among them"
+    if _needs['HEIF']: __import__('pillow_heif').register_heif_opener()
+    Image.init()
+    return [o for o in _endings if o in Image.OPEN]
+
+# %% ../../nbs/00b_data.images.ipynb #889a1fd6
+def _raise(e): raise PermissionError(f'cannot look into the folder {visible(e.filename)} ({e.strerror}): '
+    'make it readable, or take it out') from e
+
+def _scan(folder):
+    "Names of the sub-folders and of the files in a folder, without hidden ones"
+    dirs,names = [],[]
+    try:
+        with os.scandir(folder) as found:
+            for o in found:
+                if o.name[0]!='.': (dirs if o.is_dir() else names).append(o.name)
+    except PermissionError as e: _raise(e)
+    return [o for o in dirs if o!='__MACOSX'],names
 
 def _walk_files(path):
     "Paths with / of every file below a folder, also through links, but no folder twice"
-    seen = set()
-    for folder,dirs,names in os.walk(path, followlinks=True):
-        s = os.stat(folder)
-        if (s.st_dev,s.st_ino) in seen: dirs.clear()
-        else: yield from (Path(folder,o).relative_to(path).as_posix() for o in names)
+    seen,todo = set(),['']
+    while todo:
+        below = todo.pop()
+        s = os.stat(os.path.join(path, below))
+        if (s.st_dev,s.st_ino) in seen: continue
         seen.add((s.st_dev,s.st_ino))
+        dirs,names = _scan(os.path.join(path, below))
+        yield from [below+o for o in names]
+        todo += [f'{below}{o}/' for o in sorted(dirs, reverse=True)]
+
+def list_files(
+    path:Path, # Folder, or zip archive
+)->list: # Sorted paths below it, with /; may be empty
+    "Every file below a folder or in an archive; hidden files and folders are left out"
+    if path.is_dir(): return sorted(_walk_files(path))
+    if path.suffix.lower()=='.zip' and path.is_file() and zipfile.is_zipfile(path):
+        names = _members(open_archive(path))
+        return sorted(o for o in names if o[-1:]!='/' and not re.search(r'(^|/)([.]|__MACOSX/)', o))
+    if path.exists():
+        wanted = 'expected a whole file whose name ends in .zip, or a folder'
+        raise ValueError(f'{path} is no zip archive, or a broken one: {wanted}')
+    raise FileNotFoundError(f'no folder {path}: expected a folder or a zip archive of images')
+
+# %% ../../nbs/00b_data.images.ipynb #35dce429
+def is_image(name):
+    "Does a path end like an image?"
+    start,dot,end = name.rpartition('.')
+    return bool(dot and start) and f'.{end.lower()}' in image_exts
 
 def list_images(
     path:Path, # Folder, or zip archive
 )->list: # Sorted paths below it, with /; may be empty
     "Every image below a folder or in an archive; hidden files and folders are left out"
-    if path.is_dir(): names = _walk_files(path)
-    elif path.suffix.lower()=='.zip' and zipfile.is_zipfile(path): names = open_archive(path).namelist()
-    elif path.is_file():
-        wanted = 'expected a whole file whose name ends in .zip, or a folder'
-        raise ValueError(f'{path} is no zip archive, or a broken one: {wanted}')
-    else: raise FileNotFoundError(f'no folder {path}: expected a folder or a zip archive of images')
-    is_image = lambda o: os.path.splitext(o)[1].lower() in image_exts
-    return sorted(o for o in names if is_image(o) and not re.search(r'(^|/)([.]|__MACOSX/)', o))
+    return [o for o in list_files(path) if is_image(o)]
+
+def by_ending(
+    names:list, # Paths, with /
+)->str: # Such as '2 .txt, 1 .heic'; empty if all are images
+    "Count the files whose endings are not those of images"
+    others = [os.path.splitext(o)[1].lower() for o in names if not is_image(o)]
+    return ', '.join(f'{n} {visible(o) or "without an ending"}' for o,n in Counter(others).most_common(5))
 
 # %% ../../nbs/00b_data.images.ipynb #8a49f03b
 market_dirs = dict(train='bounding_box_train', query='query', gallery='bounding_box_test')
 market_names = r'(?P<pid>-?\d+)_c(?P<camid>\d+)[^/]*' # Of files, below their folder
 
+# %% ../../nbs/00b_data.images.ipynb #536f911a
+_starts = [o.split() for o in ('x y', 'left top', 'xmin ymin', 'x0 y0', 'x1 y1', 'xl yt', 'xtl ytl', 'minx miny', 'l t',
+    'xtopleft ytopleft', 'topleftx toplefty', 'xstart ystart', 'startx starty')]
+_ends = [o.split() for o in ('x2 y2', 'right bottom', 'xmax ymax', 'xr yb', 'xbr ybr', 'maxx maxy', 'r b',
+    'xbottomright ybottomright', 'bottomrightx bottomrighty', 'xend yend', 'endx endy')]
+_centres = [o.split() for o in ('cx cy', 'xc yc', 'xcenter ycenter', 'centerx centery', 'xcentre ycentre', 'centrex centrey')]
+_sizes = [['w','h'], ['width','height']]
+_forms = [('size', a+b) for b in _sizes for a in _starts] + [('centre', a+b) for b in _sizes for a in _centres]
+_forms += [('ends', ['x0','y0','x1','y1'])] + [('ends', a+b) for a in _starts for b in _ends]
+_meaning = dict(size='left, top, width, height', ends='left, top, right, bottom',
+    centre='centre (across, down), width, height')
+_in_one = dict.fromkeys(['bbox','box','boundingbox','bboxxywh','xywh','bboxltwh','bboxtlwh','bboxes','boxes'], 'size')
+_in_one |= dict.fromkeys(['bboxxyxy','xyxy','boxxyxy','bboxltrb','ltrb','bboxvoc'], 'ends')
+
+# %% ../../nbs/00b_data.images.ipynb #89302c63
+def _bare(name): return re.sub('[^a-z0-9]', '', str(name).lower())
+
+def _four(o, column, row):
+    "Four numbers out of a list or a text; NaN for an empty field"
+    if o is None or isinstance(o, float) and np.isnan(o) or isinstance(o, str) and not o.strip(): return [np.nan]*4
+    text = re.sub(r'\b[a-z_][\w.]*', ' ', o, flags=re.I) if isinstance(o, str) else ''
+    found = re.findall(r'[-+]?[.]?\d[\d.]*(?:e[-+]?\d+)?', text, re.I) if text else o
+    if isinstance(found, dict): found = list(found.values())
+    try: values = np.array(found, float).ravel()
+    except (TypeError, ValueError): values = []
+    if len(values)==4: return values.tolist()
+    raise ValueError(f'{column} in row {row} is {visible(o)[:80]!r}: expected four numbers, such as [10, 20, 40, 60]')
+
+def _box_parts(df):
+    "What kind of boxes `df` has, the columns they stand in, and their four numbers (N,4); None if there are none"
+    here = {re.sub('^(boundingbox|bbox|box|bb|rect|roi)(?=.)', '', _bare(o)):o for o in df}
+    found = next(((k,o) for k,o in _forms if all(p in here for p in o)), None)
+    if found and 'x3' not in here:
+        columns = [here[o] for o in found[1]]
+        numbers = df[columns].apply(pd.to_numeric, errors='coerce')
+        odd = numbers.isna() & df[columns].notna() & df[columns].ne('')
+        if odd.any(axis=None): raise ValueError(f'{columns} hold text in {odd.any(axis=1).sum()} rows: expected numbers')
+        return found[0],columns,numbers.to_numpy(float)
+    one = next((o for o in df if _bare(o) in _in_one), None)
+    if one is None: return None
+    return _in_one[_bare(one)],[one],np.array([_four(o, one, i) for i,o in enumerate(df[one])])
+
+# %% ../../nbs/00b_data.images.ipynb #cdaae774
+def _half_boxes(df):
+    "Columns that look like a part of a box, and whether there is no doubt"
+    here = {_bare(o).removeprefix('bbox'):o for o in df}
+    own = [o for o in box_columns if o in df]
+    if own: return own,True
+    most = max((o for _,o in _forms), key=lambda o: sum(p in here for p in o))
+    there = [o for o in most if o in here]
+    return [here[o] for o in there],len(there)>2
+
+def with_boxes(
+    df:pd.DataFrame, # Any table
+)->tuple: # The table with columns x, y, w, h if it has boxes, and sentences on what was taken for what
+    "Boxes in any form as left, top, width and height"
+    if set(box_columns)<=set(df): return df,[]
+    if not (found := _box_parts(df)):
+        columns,sure = _half_boxes(df)
+        said = f'columns {columns} look like a part of a box'
+        if sure: raise ValueError(f'{said}: expected all of x, y, w, h (left, top, width, height), or other names')
+        sizes = {'w','h','width','height'}
+        told = len(columns)>1 and not {_bare(o) for o in columns} & sizes
+        return df,[f'{said} and are not used: give x, y, w, h (left, top, width, height)']*told
+    kind,columns,four = found
+    start,size = four[:,:2],four[:,2:]
+    if kind=='ends': size = size-start
+    if kind=='centre': start = start-size/2
+    boxes = dict(zip(box_columns, [*start.T, *size.T]))
+    return df.assign(**boxes),[f'boxes: {", ".join(map(str, columns))} taken as {_meaning[kind]}']
+
 # %% ../../nbs/00b_data.images.ipynb #0d2c1cdd
-def _called(x): return x if isinstance(x, (str,Path)) else f'in memory ({type(x).__name__})'
+def _called(x): return visible(x) if isinstance(x, (str,Path)) else f'in memory ({type(x).__name__})'
 
 @contextmanager
 def _naming(name):
@@ -98,38 +251,68 @@ def _naming(name):
     except FileNotFoundError as e: raise FileNotFoundError(f'no image {name}') from e
     except Exception as e:
         why = str(e).split(' <_io')[0] or type(e).__name__
-        raise ValueError(f'cannot read the image {name}: {why}') from e
+        raise ValueError(f'cannot read the image {name}: {visible(why)}') from e
+
+def check_pixels(
+    w:int, # Width, pixels
+    h:int, # Height, pixels
+    most:int=None, # Pixels; by default twice Pillow's limit
+):
+    "Raise if an image has too many pixels"
+    if most is None: most = 2*(Image.MAX_IMAGE_PIXELS or 2**62)
+    if w*h<=most: return
+    advice = 'make it smaller, or raise Image.MAX_IMAGE_PIXELS and max_pixels'
+    raise ValueError(f'{w}×{h} pixels, more than the {most:,} that are read: {advice}')
+
+def open_pil(raw):
+    "Content of a file as a PIL image that is not decoded yet"
+    return Image.open(BytesIO(raw), formats=image_formats())
 
 def open_image(
     x:str|Path|bytes|Image.Image, # File, member of an archive, content of a file, or an image in any mode
     name:str=None, # What to call it in an error; by default the path
+    most:int=None, # Pixels, as in `check_pixels`
 )->Image.Image: # Mode RGB
     "The image `x` as Pillow reads it, upright and 8-bit RGB"
     with _naming(name or _called(x)):
         if isinstance(x, Image.Image): return to_rgb(x)
-        with Image.open(BytesIO(x if isinstance(x, bytes) else read_bytes(x))) as im: return to_rgb(im)
+        with open_pil(x if isinstance(x, bytes) else read_bytes(x)) as im:
+            check_pixels(*im.size, most)
+            return to_rgb(im)
 
 # %% ../../nbs/00b_data.images.ipynb #28294fed
 def to_pil(px): return Image.fromarray(px.permute(1,2,0).numpy())
 def from_pil(im): return torch.from_numpy(np.array(im)).permute(2,0,1)
 
+def jpeg_size(
+    raw:bytes, # Content of a JPEG file
+)->tuple: # (width, height), pixels; None where the header is an odd one
+    "The size that a JPEG says it has"
+    i,n = 2,len(raw)-9
+    while i<n and raw[i]==255:
+        kind = raw[i+1]
+        if 0xc0<=kind<=0xcf and kind not in (0xc4,0xc8,0xcc): return raw[i+7]<<8 | raw[i+8],raw[i+5]<<8 | raw[i+6]
+        i += 2+(raw[i+2]<<8 | raw[i+3]) if 0xc0<=kind<=0xfe else n   # the next marker
+
+# %% ../../nbs/00b_data.images.ipynb #0229db5d
 def decode_jpeg(
     raw:bytes, # Content of a file
+    most:int=None, # Pixels, as in `check_pixels`
 )->torch.Tensor: # (3,h,w) uint8, upright; None where Pillow should decide
     "The pixels of an ordinary JPEG"
-    if raw[:2]!=b'\xff\xd8' or b'tiff:Orientation' in raw: return
+    if raw[:2]!=b'\xff\xd8' or b'tiff:Orientation' in raw or not (size := jpeg_size(raw)): return
+    check_pixels(*size, most)
     data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     try: px = torch.ops.image.decode_jpeg(data, 0, True)   # channels as stored, upright
     except Exception: return   # a broken file, or a torchvision without decoders
     if px.shape[0] in (1,3) and px.numel(): return px.expand(3,-1,-1)
 
-def _from_file(x, name):
+def _from_file(x, name, most_pixels, most_bytes):
     "The content of a file, or the file at a path, as (3,h,w) uint8"
-    if isinstance(x, (str,Path)):
-        try: x = read_bytes(x)
-        except Exception: return from_pil(open_image(x, name))   # fails in the same way, and names the image
-    px = decode_jpeg(x)
-    return from_pil(open_image(x, name)) if px is None else px
+    with _naming(name):
+        if isinstance(x, (str,Path)): x = read_bytes(x, most_bytes)
+        px = decode_jpeg(x, most_pixels)
+    return from_pil(open_image(x, name, most_pixels)) if px is None else px
 
 # %% ../../nbs/00b_data.images.ipynb #2a57b92f
 def _to_uint8(x, name):
@@ -137,6 +320,7 @@ def _to_uint8(x, name):
     if x.dtype==np.uint8: return x
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f'image {name} of {x.dtype}: expected uint8, or float in [0,1]')
+    if np.isnan(x).any(): raise ValueError(f'image {name} holds NaN: expected numbers in [0,1]')
     if not (x.min()>=0 and x.max()<=1):
         way_out = 'undo scaling or normalisation first, the model does its own'
         raise ValueError(f'image {name} with values from {x.min():.3g} to {x.max():.3g}: expected [0,1]; {way_out}')
@@ -147,12 +331,14 @@ def _from_array(x, name):
     px = x[...,None] if x.ndim==2 else x
     if px.ndim!=3 or px.shape[2] not in (1,3):
         raise ValueError(f'image {name} of shape {x.shape}: expected (H,W,3) or (H,W)')
+    if not px.size: raise ValueError(f'image {name} of shape {x.shape}: expected one pixel or more')
     return torch.from_numpy(np.array(_to_uint8(px, name))).permute(2,0,1).expand(3,-1,-1)
 
 def _from_tensor(x, name):
     "A (3,H,W) or (1,H,W) tensor as (3,H,W) uint8 on the CPU; the same memory if it is that already"
     if x.ndim!=3 or x.shape[0] not in (1,3):
         raise ValueError(f'image {name} of shape {tuple(x.shape)}: expected (3,H,W)')
+    if not x.numel(): raise ValueError(f'image {name} of shape {tuple(x.shape)}: expected one pixel or more')
     if x.dtype==torch.uint8: return x.cpu().expand(3,-1,-1)
     return _from_array(x.detach().cpu().permute(1,2,0).numpy(), name)
 
@@ -168,10 +354,12 @@ def read_image(
     x, # Path, bytes of a file, PIL image, array (H,W,3) or (H,W), tensor (3,H,W) or (1,H,W); uint8, or float in [0,1]
     box:tuple=None, # (left, top, right, bottom) of the part to read, in the upright image, pixels; None for all
     name:str=None, # What to call the image in an error; by default the path
+    max_pixels:int=None, # What has more is refused before it is decoded; by default twice `Image.MAX_IMAGE_PIXELS`
+    max_bytes:int=max_bytes, # A file, or member of an archive, that is larger is refused before it is read
 )->torch.Tensor: # (3,h,w) uint8 RGB, often a view with channels last
     "The image `x` in its own size, upright and RGB, whatever holds it and whatever mode it is stored in"
-    name = name or _called(x)
-    if isinstance(x, (str,Path,bytes)): px = _from_file(x, name)
+    name = visible(name) if name else _called(x)
+    if isinstance(x, (str,Path,bytes)): px = _from_file(x, name, max_pixels, max_bytes)
     elif isinstance(x, Image.Image): px = from_pil(open_image(x, name))
     elif isinstance(x, np.ndarray): px = _from_array(x, name)
     elif isinstance(x, torch.Tensor): px = _from_tensor(x, name)
@@ -183,7 +371,9 @@ class TableImages:
     "The images of a table by row: in files, in archives or in memory, whole or cut out of a frame"
     def __init__(self,
         df:pd.DataFrame, # A split; besides `path` it may have `image`, and `x`, `y`, `w`, `h` (pixels)
+        **limits, # `max_pixels` and `max_bytes` of `read_image`
     ):
+        self.limits = limits
         self.paths,self.boxes = df.path.to_numpy(),box_array(df)
         self.images = df.image.where(df.image.notna(), None).to_numpy() if 'image' in df else None
 
@@ -198,4 +388,6 @@ class TableImages:
     )->tuple: # (left, top, right, bottom) in the upright image, pixels; None for all of it
         "What row `i` is cut out of its image"
         return None if self.boxes is None or not self.boxes[i].any() else tuple(self.boxes[i].tolist())
-    def __getitem__(self, i): return read_image(self.source(i), self.box(i), self.paths[i])
+    def __getitem__(self, i):
+        x = self.source(i)
+        return read_image(x, self.box(i), x if isinstance(x, (str,Path)) else self.paths[i], **self.limits)

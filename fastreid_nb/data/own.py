@@ -8,33 +8,58 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/data.own.html.md"""
 __all__ = ['from_df', 'from_csv', 'from_folder']
 
 # %% ../../nbs/00c_data.own.ipynb #2a7df691
-import os, re
+import csv, os, re, warnings
+from io import StringIO
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.meta import delegates
-from .core import Protocol, ReIDData, box_columns, matchable, pick_ids, query_tables, split_columns
-from .images import image_exts, list_images, market_dirs, market_names
+from .core import (Protocol, ReIDData, box_columns, code_names, matchable, pick_ids, query_tables,
+    split_columns, visible, with_answers)
+from fastreid_nb.data.images import (by_ending, image_exts, is_image, list_files, market_dirs, market_names,
+    with_boxes)
 
 # %% ../../nbs/00c_data.own.ipynb #bf501cb0
-_known = {'path','pid','camid','trackid','split','image','pid_name',*box_columns} # What `cols` may map
+_known = {*split_columns, 'trackid', 'split', 'image', *code_names.values(), 'bbox', *box_columns} # What `cols` may map
+_known -= {'dsetid'}
+_also = dict(path='path file filename file_name filepath file_path image_path img_path image_name img image image_id',
+    pid='pid identity individual individual_id person person_id vehicle_id animal_id identity_id id name label who')
 
 def _row_of(bad): return f'in {int(bad.sum())} rows, first in row {bad.index[bad][0]}'
 
-def _with_path(df):
+def _with_path(df, notes):
     "A column `image` is the path if it holds names; else the images are in memory, and their names are made up"
-    if 'path' in df or 'image' not in df: return df
-    has_names = df.image.map(lambda o: isinstance(o, (str,Path))).all()
-    return df.rename(columns=dict(image='path')) if has_names else df.assign(path=[f'row {i}' for i in range(len(df))])
+    if 'image' not in df: return df
+    is_name = df.image.map(lambda o: isinstance(o, (str,Path)))
+    if 'path' not in df:
+        if is_name.all(): return df.rename(columns=dict(image='path'))
+        return df.assign(path=[f'row {i}' for i in range(len(df))])
+    if not is_name.any(): return df
+    notes.append('path and image both hold names: path is used')
+    if (is_name | df.image.isna()).all(): return df.drop(columns='image')
+    return df.assign(image=df.image.where(~is_name, None))
 
-def _rename(df, cols):
+def _hint(missing, columns):
+    "Which of `columns` may be the one that is missing"
+    lower = {str(o).strip().lower():o for o in columns}
+    other = next((o for o in columns if o not in _known), columns[0])
+    found = next((lower[o] for o in _also[missing].split() if o in lower), other)
+    return f'say what you call them, such as cols=dict({missing}={str(found)!r}), or rename the columns'
+
+def _rename(df, cols, notes):
     "`df` with our names for its columns, where `cols` maps ours to yours"
     if bad := sorted(set(cols)-_known): raise ValueError(f'cols has {bad}: expected some of {sorted(_known)}')
     if missing := [o for o in cols.values() if o not in df]:
         raise ValueError(f'cols names {missing}, but the columns are {list(df)}')
-    df = _with_path(df.assign(**{k:df[o] for k,o in cols.items()})).reset_index(drop=True)
+    if (twice := df.columns[df.columns.duplicated()]).size:
+        raise ValueError(f'two columns are called {twice[0]!r}: rename or drop one of them')
+    some = set(cols) & set(box_columns)
+    if some and len(some)<4: raise ValueError(f'cols has {sorted(some)}: expected all of x, y, w, h, or bbox')
+    df = _with_path(df.assign(**{k:df[o] for k,o in cols.items()}), notes).reset_index(drop=True)
+    if 'copy' in df:
+        notes.append('column copy is kept as copy_given: the name marks what resample lists twice')
+        df = df.rename(columns=dict(copy='copy_given'))
     if missing := [o for o in ('path','pid') if o not in df]:
-        hint = f'cols=dict({missing[0]}={str(df.columns[0])!r})'
-        raise ValueError(f'columns {list(df)}: {missing} missing; say what you call them, such as {hint}')
+        raise ValueError(f'columns {list(df)}: {missing} missing; {_hint(missing[0], list(df))}')
     if (gone := df.path.isna()).any(): raise ValueError(f'path is missing {_row_of(gone)}')
     return df
 
@@ -48,11 +73,37 @@ def _value(o):
 
 def _place(o): return (type(o).__name__, o) if isinstance(o, (int,float,str)) else ('', str(o))
 
+_nobody = {'unknown', 'unk', 'unidentified', 'not identified', 'unknown id', 'unknown identity', 'unknown individual',
+    'unlabeled', 'unlabelled', 'no id', 'new whale', 'new individual', 'distractor', 'distractors', '?', '??', '???'}
+_doubtful = {'', 'na', 'n a', 'nan', 'null', 'none', 'nobody', 'other', 'others', 'background', 'junk', 'undefined'}
+
+def _telling(s, what, notes):
+    "`s` with -1 for nobody in particular, and notes on names that look like one another or like nobody"
+    texts = [o for o in s.dropna().unique() if isinstance(o, str)]
+    plain = {o:re.sub('[^a-z?]+' if re.search('[a-z]', o.lower()) else ' +', ' ', o.lower()).strip() for o in texts}
+    nobody = [o for o,p in plain.items() if p in _nobody and not re.search(r'\d', o)]
+    if nobody:
+        n = int(s.isin(nobody).sum())
+        notes.append(f'{what} {visible(nobody[0])!r} is nobody in particular: -1 in {n} rows')
+        s = s.astype(object).where(~s.isin(nobody), -1)
+    doubt = [o for o,p in plain.items() if o not in nobody and (p in _doubtful or p.startswith('unknown'))]
+    if doubt: notes.append(f'{what} {visible(doubt[0])!r} is taken for one of that name: write -1 for nobody in particular')
+    return s
+
+def _alike(s, what):
+    "Notes on names that differ in blanks, capitals, zeros in front or .0 behind"
+    texts = pd.Series([o for o in s.unique() if isinstance(o, str)], dtype=object)
+    same = texts.str.strip().str.casefold().str.replace(r'^0+(?=\d)|(?<=\d)[.]0*$', '', regex=True)
+    first = texts[same.duplicated(keep=False)].groupby(same).agg(list)
+    if not len(first): return []
+    a,b = first.iloc[0][:2]
+    return [f'{what} {visible(a)!r} and {visible(b)!r} are taken for two; {len(first)} names differ in such details']
+
 def _codes(s, what):
     "Whole numbers for `s`: themselves if they are whole already, else places in sorted order; -1 stays -1"
     if s.isna().any(): raise ValueError(f'{what} is missing {_row_of(s.isna())}')
     whole = pd.api.types.is_integer_dtype(s)
-    number = s if whole else s.map(_value)
+    number = s if whole else s.map({o:_value(o) for o in s.unique()})
     if (bad := (number<-1) | (number>2**62)).any():
         raise ValueError(f'{what} {s[bad].iloc[0]}: expected -1 for one that nobody knows, else 0 to 2**62')
     if whole: return s.astype('int64')
@@ -61,13 +112,14 @@ def _codes(s, what):
 
 # %% ../../nbs/00c_data.own.ipynb #1f9c7a3c
 _parts = dict(train='train', query='query', gallery='gallery', test='test', val='test', valid='test')
+_parts |= dict(training='train', probe='query', testing='test', validation='test')
 
 def _told(split):
     "What the column `split` says, as 'train', 'test', 'query' or 'gallery'"
     if split.isna().any(): raise ValueError(f'split is missing {_row_of(split.isna())}')
-    if bad := sorted(set(map(str, split)) - set(_parts)):
+    part = split.map(lambda o: _parts.get(str(o).strip().lower()))
+    if bad := sorted(set(split[part.isna()].map(str))):
         raise ValueError(f'split {bad}: expected some of {list(_parts)}')
-    part = split.map(_parts)
     there = set(part)
     if 'test' not in there and len(lone := there & {'query','gallery'})==1:
         gone = ({'query','gallery'}-lone).pop()
@@ -84,9 +136,32 @@ def _assign(df, test_frac, seed, notes):
     notes.append(f'no split given: {n-len(test)} identities for training, {len(test)} others for testing (seed {seed})')
     return pd.Series(np.where(df.pid.isin(test) | (df.pid<0), 'test', 'train'), index=df.index)
 
+# %% ../../nbs/00c_data.own.ipynb #c3d4f4c3
+def _joined(root, paths):
+    "Paths below `root`; a member stays in its archive, whatever its name, and \\ is / where no such file is there"
+    if str(root).lower().endswith('.zip') and os.path.isfile(root): return [f'{root}/{o}' for o in paths]
+    if os.sep!='/': return [os.path.join(root, o) for o in paths]
+    start = os.path.join(root, '')
+    paths = [o if o[:1]=='/' else start+o for o in paths]
+    return [o.replace('\\', '/') if '\\' in o and not os.path.exists(o) else o for o in paths]
+
+def _coded(df, notes):
+    "`df` with whole numbers for identities, cameras and tracks, and beside them the names that came"
+    for code,name in code_names.items():
+        if code not in df: continue
+        told = _telling(df[code], code, notes)
+        numbers = _codes(told, code)
+        if not pd.api.types.is_integer_dtype(told): notes += _alike(df[code], code)
+        pairs = pd.DataFrame(dict(code=numbers, name=df.get(name, df[code])))[numbers>=0].dropna().drop_duplicates()
+        if pairs.code.duplicated().any() or pairs.name.duplicated().any():
+            notes.append(f'{name} and {code} do not go one to one: {code} decides, {name} is kept as {name}_given')
+            df = df.rename(columns={name:f'{name}_given'})
+        df = df.assign(**{name:df.get(name, df[code]), code:numbers})
+    return df if 'camid' in df else df.assign(camid=0)
+
 # %% ../../nbs/00c_data.own.ipynb #167988c3
 def from_df(
-    df:pd.DataFrame, # Columns path (or image) and pid; optional camid, trackid, split, x, y, w, h and any others
+    df:pd.DataFrame, # Columns path (or image) and pid; optional camid, trackid, split, boxes and any others
     root:str|Path='', # Folder or zip archive the paths start from
     name:str='data', # Name of the data set, also its dsetid
     test_frac:float=.3, # Share of identities for testing when there is no split column, in [0,1]
@@ -96,12 +171,11 @@ def from_df(
 )->ReIDData: # Its `notes` say what was decided for you
     "Data from a table with one row per image"
     if not len(df): raise ValueError(f'the table of {name!r} is empty')
-    notes,df = [],_rename(df, cols or {})
-    paths = [os.path.join(root, str(o)) for o in df.path]
-    df = df.assign(pid_name=df.get('pid_name', df.pid), pid=_codes(df.pid, 'pid'), path=paths, dsetid=name)
-    for c in ('camid','trackid'):
-        if c in df: df[c] = _codes(df[c], c)
-    if 'camid' not in df: df['camid'] = 0
+    notes = []
+    df,boxed = with_boxes(_rename(df, cols or {}, notes))
+    paths = _joined('' if root is None else root, [*map(str, df.path.tolist())])
+    df = _coded(df.assign(path=paths, dsetid=name), notes)
+    notes += boxed
     return _from_parts(df, _assign(df, test_frac, seed, notes), name, seed, notes, protocol)
 
 # %% ../../nbs/00c_data.own.ipynb #1edc44d8
@@ -113,8 +187,8 @@ def _query_notes(data, n_test):
     n_query = len(data.query)
     if n_test and not n_query:
         return ['no query could be made: no identity of the test has images of two sources, or two images']
-    n = (~matchable(data)).sum()
-    return [f'{n} of {n_query} queries have no match in the gallery under {data.protocol}'] if n else []
+    n = int((~matchable(data)).sum())
+    return [f'{n} of {n_query} queries have no match in the gallery under {data.protocol}']*(n>0)
 
 def _from_parts(df, part, name, seed, notes, protocol):
     "`ReIDData` from the rows of `df`, where `part` says which split each belongs to"
@@ -126,10 +200,67 @@ def _from_parts(df, part, name, seed, notes, protocol):
     query = pd.concat([query,q], ignore_index=True) if len(q) else query
     gallery = pd.concat([gallery,g], ignore_index=True) if len(g) else gallery
     data = ReIDData(name, train, query, gallery, protocol, notes)
+    ids = set(data.query.pid) | set(data.gallery.pid[data.gallery.pid>=0])
+    if len(ids)==1: notes.append('the test shows one identity only: its scores say nothing')
+    strict = data.protocol
+    if protocol is None: with_answers(data)
     because = _because.get(data.protocol.name)
-    if protocol is None and because: notes.append(f'protocol {data.protocol}: {because}')
+    if protocol is None and because and strict==data.protocol: notes.append(f'protocol {data.protocol}: {because}')
     notes += _query_notes(data, len(test))
     return data
+
+# %% ../../nbs/00c_data.own.ipynb #0dc83781
+_starts = {b'\xef\xbb\xbf':'utf-8-sig', b'\xff\xfe\0\0':'utf-32', b'\0\0\xfe\xff':'utf-32', b'\xff\xfe':'utf-16',
+    b'\xfe\xff':'utf-16'} # First bytes → encoding
+_no_text = {b'PK\3\4':'an Excel workbook or another archive', b'\xd0\xcf\x11\xe0':'an old Excel workbook',
+    b'PAR1':'a Parquet file', b'\x1f\x8b':'compressed', b'SQLite':'a database', b'\x89HDF':'an HDF5 file', b'%PDF':'a PDF'}
+
+def _csv_text(path, encoding):
+    "The text of a file"
+    raw = path.read_bytes()
+    begins = lambda kinds: next((v for k,v in kinds.items() if raw.startswith(k)), None)
+    if kind := begins(_no_text): raise ValueError(f'{path} is no CSV file but {kind}: save the table as "CSV UTF-8"')
+    wide = 'utf-16-le' if raw[1:2]==b'\0' else 'utf-16-be'
+    encoding = encoding or begins(_starts) or (wide if b'\0' in raw[:200] else 'utf-8')
+    try: return re.sub('\r\n?', '\n', raw.decode(encoding))
+    except (UnicodeDecodeError, LookupError) as e:
+        way_out = 'save it as "CSV UTF-8", or say what it is, such as encoding="cp1252" for Windows in the west'
+        raise ValueError(f'{path} is not in {encoding} ({e}): {way_out}') from e
+
+def _header(text, wanted, path):
+    "(separator, names of the columns, text without a line such as sep=;)"
+    if m := re.match('sep=(.)\n', text): return m[1],next(csv.reader([text[6:].split('\n')[0]], delimiter=m[1])),text[6:]
+    fields = {o:next(csv.reader([text.split('\n')[0]], delimiter=o, skipinitialspace=True), []) for o in ',;\t| '}
+    known = {k:len(wanted & {n.strip() for n in o}) for k,o in fields.items()}
+    sep = max(fields, key=lambda o: (known[o], 0 if o==' ' else len(fields[o])))   # the first of equals
+    if not known[sep] and any(is_image(o) for o in fields[sep]):
+        raise ValueError(f'{path} has no header, its first line is {fields[sep]}: write one above, such as path,pid')
+    return sep,fields[sep],text
+
+# %% ../../nbs/00c_data.own.ipynb #c911b411
+def read_table_text(
+    path:Path, # CSV file
+    cols:dict, # As in `from_df`
+    encoding:str=None, # Of the text; by default what its first bytes say, else UTF-8
+)->pd.DataFrame: # Paths and identities as text
+    "The table in a CSV file, whichever way its columns are separated"
+    text = _csv_text(path, encoding)
+    if not text.strip(): raise ValueError(f'{path} is no readable CSV file: it is empty')
+    sep,given,text = _header(text, {'path','image','pid',*cols.values()}, path)
+    names = [o.strip() or f'Unnamed: {i}' for i,o in enumerate(given)]
+    if twice := [o for o in names if names.count(o)>1]:
+        raise ValueError(f'{path}: two columns are called {twice[0]!r}: rename or drop one of them')
+    as_text = {cols.get(o, o):str for o in ('pid','path','image',*code_names.values())}
+    spaced = f'{sep} ' in text.split('\n')[0] or given!=[o.strip() for o in given]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', pd.errors.ParserWarning)   # more fields than names
+            df = pd.read_csv(StringIO(text), sep=sep, header=0, names=names, dtype=as_text, index_col=False,
+                skipinitialspace=spaced, keep_default_na=False, na_values='')   # somebody may be called NA
+    except (pd.errors.ParserError, pd.errors.ParserWarning) as e:
+        raise ValueError(f'{path} is no readable CSV file with the columns {names}: {e}') from e
+    if not spaced: return df
+    return df.apply(lambda o: o.str.strip() if pd.api.types.is_string_dtype(o) else o)
 
 # %% ../../nbs/00c_data.own.ipynb #30c2f2bf
 @delegates(from_df)
@@ -137,46 +268,85 @@ def from_csv(
     path:str|Path, # CSV file with columns path and pid; optional camid, split, and the others that `from_df` knows
     root:str|Path=None, # Folder or zip archive the paths start from; by default the file's own folder
     name:str=None, # Name of the data set; by default the file's
+    encoding:str=None, # Of the text; by default what its first bytes say, else UTF-8
     **kwargs
 )->ReIDData: # Its `notes` say what was decided for you
     "Data from a CSV file with one row per image"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'no file {path}: expected a CSV file with columns path and pid')
-    cols = kwargs.get('cols') or {}
-    text = {cols.get(o, o):str for o in ('pid','path')}
-    try: df = pd.read_csv(path, dtype=text, keep_default_na=False, na_values='')   # somebody may be called NA
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
-        raise ValueError(f'{path} is no readable CSV file: {e}') from e
+    df = read_table_text(path, kwargs.get('cols') or {}, encoding)
     return from_df(df, path.parent if root is None else root, name or path.stem, **kwargs)
 
 # %% ../../nbs/00c_data.own.ipynb #ff007446
-def _images(path):
+def _images(path, notes):
     "The images below a folder or in an archive; none is an error"
-    if names := list_images(path): return names
-    raise ValueError(f'no image below {path}: expected files ending in {", ".join(sorted(image_exts))}')
+    files = list_files(path)
+    names = [o for o in files if is_image(o)]
+    if not names: raise ValueError(f'no image below {path}: expected files ending in {", ".join(sorted(image_exts))}')
+    if len(names)<len(files): notes.append(f'{len(files)-len(names)} files are no images by their endings: {by_ending(files)}')
+    return names
 
 def _read_names(names, regex, path):
     "Table of what `regex` finds in each name"
-    found = [re.search(regex, o) for o in names]
+    find = re.compile(regex).search
+    found = [find(o) for o in names]
     if bad := [o for o,m in zip(names,found) if m is None]:
         said = f'{len(bad)} of {len(names)} file names below {path} do not match {regex!r}, first {bad[:3]}'
         raise ValueError(f'{said}: give a regex with groups pid and camid, or one folder per identity')
     return pd.DataFrame([m.groupdict() for m in found])
 
 # %% ../../nbs/00c_data.own.ipynb #4dbf7451
-def _folder_table(path, regex):
-    "Table of the images below `path`, with pid, what else the names say, and the split if the top folders tell it"
-    names = _images(path)
-    tops = {o.split('/')[0] for o in names}
-    if len(tops & set(market_dirs.values()))>1:
-        raise ValueError(f'{path} is laid out like Market-1501: read it with market1501')
-    has_splits = len(tops)>1 and tops<=set(_parts)
-    inner = [o.split('/', 1)[1] for o in names] if has_splits else names
-    if regex or not all('/' in o for o in inner): df = _read_names(inner, regex or f'{market_names}$', path)
-    else: df = pd.DataFrame(dict(pid=[o.rsplit('/', 1)[0] for o in inner]))
-    df = df.assign(path=names)
-    return df.assign(split=[o.split('/')[0] for o in names]) if has_splits else df
+def _split_tops(tops):
+    "Which of the top folders are splits, and of which kind; none if they are identities"
+    found = {o:_parts[o.lower()] for o in tops if o.lower() in _parts}
+    kinds = set(found.values())
+    if not ('train' in kinds and len(kinds)>1 or kinds>={'query','gallery'} or len(tops)>1 and len(found)==len(tops)): return {}
+    whole = [o for o in tops if o.lower() in ('train_all','trainall')]
+    if whole: found = {k:v for k,v in found.items() if v!='train'} | {whole[0]:'train'}
+    if kinds>={'query','gallery'}: found = {k:v for k,v in found.items() if not k.lower().startswith('val')}
+    return found
 
+def _in_folders(inner, notes):
+    "Table of images in folders of identities; names as in Market-1501 give the cameras"
+    folders = [o.rpartition('/')[0] for o in inner]
+    df,find = pd.DataFrame(dict(pid=folders)),re.compile(market_names).fullmatch
+    found = [find(o[len(p)+1:]) for o,p in zip(inner, folders)]
+    who = [p.rpartition('/')[2].lstrip('0') for p in folders]
+    n = sum(m is not None and m['pid'].lstrip('0')==p for m,p in zip(found, who))
+    if n==len(inner): return df.assign(camid=[m['camid'] for m in found])
+    how = r"regex=r'(?P<pid>[^/]+)/[^/]*_c(?P<camid>\d+)' reads them"
+    if n>len(inner)/2: notes.append(f'{n} of {len(inner)} names tell a camera, the others do not, so none is read: {how}')
+    return df
+
+# %% ../../nbs/00c_data.own.ipynb #3aa91f2b
+def _inner_table(inner, regex, path, notes):
+    "What the names below a folder, or below its splits, say"
+    loose = [o for o in inner if '/' not in o]
+    if regex: return _read_names(inner, regex, path)
+    if not loose: return _in_folders(inner, notes)
+    odd = [o for o in loose if not re.fullmatch(market_names, o)]
+    if odd and 2*len(loose)<=len(inner):
+        said = f'{len(odd)} images lie beside the folders of identities in {path}, first {visible(odd[0])}'
+        raise ValueError(f'{said}: move them into a folder, or away')
+    return _read_names(inner, f'{market_names}$', path)
+
+def _folder_table(path, regex, notes):
+    "Table of the images below `path`, with pid, what else the names say, and the split if the top folders tell it"
+    names = _images(path, notes)
+    tops = [o.partition('/')[0] for o in names]
+    if len(set(tops) & set(market_dirs.values()))>1:
+        raise ValueError(f'{path} is laid out like Market-1501: read it with market1501')
+    splits = _split_tops(sorted({t for t,o in zip(tops,names) if '/' in o}))
+    if not splits: return _inner_table(names, regex, path, notes).assign(path=names)
+    used = [(o,splits[t]) for t,o in zip(tops,names) if t in splits and '/' in o]
+    others = sorted({t for t,o in zip(tops,names) if (t,'/' in o) not in {(s,True) for s in splits}})
+    n = len(names)-len(used)
+    said = f'{n} images beside the splits {sorted(splits)} were passed over: {", ".join(map(visible, others[:5]))}'
+    if n: notes.append(said)
+    inner = [o.partition('/')[2] for o,_ in used]
+    return _inner_table(inner, regex, path, notes).assign(path=[o for o,_ in used], split=[s for _,s in used])
+
+# %% ../../nbs/00c_data.own.ipynb #a0e33c84
 @delegates(from_df, but=['cols','root'])
 def from_folder(
     path:str|Path, # Folder or zip archive of images
@@ -186,8 +356,10 @@ def from_folder(
 )->ReIDData: # Its `notes` say what was decided for you
     "Data from a folder of identity folders, or of file names that say who and where"
     path = Path(path)
-    df = _folder_table(path, regex)
+    notes = []
+    df = _folder_table(path, regex, notes)
     data = from_df(df, path, name or (path.resolve().name if path.is_dir() else path.stem), **kwargs)
+    data.notes[:0] = notes
     if (deep := df.pid[df.pid.str.contains('/')]).any():
-        data.notes.append(f'identity folders lie in folders: {deep.iloc[0]!r} is taken for one identity')
+        data.notes.append(f'identity folders lie in folders: {visible(deep.iloc[0])!r} is taken for one identity')
     return data

@@ -10,11 +10,12 @@ __all__ = ['dukemtmc', 'occluded_duke', 'partial_reid', 'partial_ilids', 'occlud
 
 # %% ../../nbs/00d_data.readers.ipynb #521ab61a
 import os, re, warnings
+from functools import lru_cache
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, pandas as pd
-from .core import ReIDData
-from .images import list_images, market_dirs, market_names
+from .core import ReIDData, visible
+from .images import is_image, list_files, list_images, market_dirs, market_names, unread_exts
 
 # %% ../../nbs/00d_data.readers.ipynb #8a01cec6
 @dataclass(frozen=True)
@@ -43,30 +44,48 @@ def first_there(root, where):
     "The first of the alternatives `a|b` that exists below `root`"
     return next((root/o for o in where.split('|') if (root/o).exists()), None)
 
-def must_exist(folder, names, what):
+def must_exist(folder, names, what, listed=list_images):
     "Raise if an image of a list is not on disk"
-    gone = sorted(set(names) - set(list_images(folder)))
+    gone = sorted(set(names) - set(listed(folder)))
     if not gone: return
-    raise FileNotFoundError(f'{len(gone)} of {len(names)} images of {what} are not in {folder}, first {gone[0]}')
+    raise FileNotFoundError(f'{len(gone)} of {len(names)} images of {what} are not in {folder}, first {visible(gone[0])}')
 
-def _left_out(paths, s, why): return [f'{len(paths)} images in {s.where} {why}, first {paths[0]}'] if paths else []
+def _left_out(paths, s, why): return [f'{len(paths)} images in {s.where} {why}, first {visible(paths[0])}'] if paths else []
 
-def read_rows(root, s):
+def _lines(at):
+    "The lines of a list"
+    if not at.is_file(): raise ValueError(f'{at} is not a regular file: expected a list of images')
+    return at.read_text(encoding='utf-8-sig').replace('\\', '/').splitlines()
+
+def _said(s, texts):
+    "What source `s` reads in `texts`, as a table of text, and the texts that it does not understand"
+    find = re.compile(s.regex)
+    found = [find.fullmatch(o) for o in texts]
+    good = [m for m in found if m]
+    said = dict(path=[o for o,m in zip(texts,found) if m], camid=[str(s.cam)]*len(good))
+    said |= {k:[m[k] for m in good] for k in find.groupindex}
+    for k in ('pid','camid'):
+        more = said.pop(f'{k}2', None)
+        if more: said[k] = ['-'.join(filter(None, o)) for o in zip(said[k], more)]
+    return pd.DataFrame(said),[o for o,m in zip(texts,found) if not m]
+
+# %% ../../nbs/00d_data.readers.ipynb #d297c71e
+def read_rows(root, s, listed=list_files):
     "Table of source `s`, as text, and notes"
     at,folder = first_there(root, s.where),first_there(root, s.folder or s.where)
-    texts = at.read_text(encoding='utf-8-sig').replace('\\', '/').splitlines() if s.folder else list_images(at)
-    found = [s.read(o) for o in texts]
-    if not any(found): raise ValueError(f'none of {len(texts)} names in {at} has the expected form, such as {s.eg}')
-    df = pd.DataFrame([o for o in found if o])
+    files = _lines(at) if s.folder else listed(at)
+    texts = files if s.folder else [o for o in files if is_image(o)]
+    df,other = _said(s, texts)
+    if not len(df): raise ValueError(f'none of {len(texts)} names in {at} has the expected form, such as {s.eg}')
     df['path'] += s.suffix
-    if s.folder: must_exist(folder, df.path, at)
-    other = [] if s.folder else [t for t,o in zip(texts,found) if not o]
+    if s.folder: must_exist(folder, df.path, at, listed)
     number = pd.to_numeric(df.pid, errors='coerce')
     out = number.notna() & ~number.between(s.keep.start, s.keep.stop-1)
-    notes = _left_out(other, s, 'have other names and were passed over')
+    notes = [] if s.folder else _left_out(other, s, 'have other names and were passed over')
+    if not s.folder: notes += _left_out([o for o in files if o.lower().endswith(unread_exts)], s, 'cannot be read here')
     notes += _left_out(df.path[out & (number!=s.junk)].tolist(), s, 'were left out for their identity')
-    df = df[~out]
-    return df.assign(path=[os.path.join(folder, o) for o in df.path]),notes
+    df,start = df[~out],os.path.join(folder, '')
+    return df.assign(path=[start+o for o in df.path]),notes
 
 # %% ../../nbs/00d_data.readers.ipynb #1b7613ec
 @dataclass(frozen=True)
@@ -111,22 +130,31 @@ def market_like(eg, dirs=market_dirs):
     return {k:FileSource(o, market_names, eg) for k,o in dirs.items()}
 
 # %% ../../nbs/00d_data.readers.ipynb #5da2a827
+def all_match(regex, s):
+    "Does every value of column `s` match?"
+    return all(map(re.compile(regex).fullmatch, s.unique()))
+
 def codes_of(s, first=None):
     "Whole numbers for text: counted from `first` if all are numbers, else places in sorted order"
-    if s.str.fullmatch(r'-?\d+').all(): s = s.astype(int)
+    if s.dtype.kind!='i' and all_match(r'-?\d+', s): s = s.astype(int)
     if first is not None and s.dtype.kind=='i': return s-first
     return pd.Series(np.unique(s.to_numpy(), return_inverse=True)[1], index=s.index)
 
 def read_table(b, root):
     "Every image of set `b` below `root`, with a column `split`, and notes"
-    read = [(k, *read_rows(root, s)) for k,s in b.sources]
+    listed = lru_cache(None)(list_files)   # no folder is walked twice
+    read = [(k, *read_rows(root, s, listed)) for k,s in b.sources]
     df = pd.concat([rows.assign(split=k) for k,rows,_ in read], ignore_index=True)
     shifted = ~df.split.isin(['train','val']) & b.shift
     pid = pd.concat([codes_of(o, 0) for _,o in df.pid.groupby(shifted)]).sort_index()
     pid += shifted*(pid[~shifted].max()+1)
-    if b.shift or not df.pid.str.fullmatch(r'\d+').all(): df['pid_name'] = df.pid
+    if b.shift or not all_match(r'\d+', df.pid): df['pid_name'] = df.pid
     notes = [n for *_,notes in read for n in notes]
-    return df.assign(pid=pid, camid=codes_of(df.camid, b.cam0), dsetid=b.name),notes
+    first = b.cam0
+    if first is not None and all_match(r'\d+', df.camid) and (low := df.camid.astype(int).min())<first:
+        notes.append(f'cameras are counted from {low} here, and from {first} in the published set')
+        first = low
+    return df.assign(pid=pid, camid=codes_of(df.camid, first), dsetid=b.name),notes
 
 # %% ../../nbs/00d_data.readers.ipynb #102fec00
 def count_differences(
@@ -210,6 +238,7 @@ def market1501(
     df['pid'] = df.pid.replace(0, -1)
     if 'train' not in parts: notes.append(f'no {market_dirs["train"]}: there is nothing to train on')
     data = ReIDData(name, *(split_table(df, k) for k in market_dirs), notes=notes)
+    if data.protocol!='market': notes.append(f'protocol {data.protocol}: there is one camera only, or one that nobody knows')
     published = root.resolve().name==market_row.folders
     if published and (diff := count_differences(data, market_row.counts)):
         notes.append(f'not as published: {"; ".join(diff)}')
@@ -251,7 +280,10 @@ def msmt17(
     check:bool=True, # Compare the counts with the published ones, and warn where they differ?
 )->ReIDData: # 32,621 (30,248 without val) / 11,659 / 82,161 images of 1,041 / 3,060 / 3,060 people and 15 cameras
     "MSMT17, version 1 or 2"
-    df,notes = read_table(_msmt17, find_root(_msmt17, path))
+    needed = replace(_msmt17, parts={k:o for k,o in _msmt17.parts.items() if val or k!='val'})
+    root = find_root(needed, path)
+    has_val = (root/'list_val.txt').exists()   # its identities count where those of the test start
+    df,notes = read_table(_msmt17 if has_val else needed, root)
     if val: df = df.replace(dict(split=dict(val='train')))
     return split_data(_msmt17, df, notes, check)
 msmt17.row = _msmt17

@@ -15,7 +15,7 @@ from pathlib import Path
 # %% ../../nbs/00h_data.subsets.ipynb #b532c052
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from .core import ReIDData, id_order, image_keys, pick_ids, query_tables
+from .core import ReIDData, id_order, image_keys, pick_ids, query_tables, with_answers
 from .files import atomic_path
 
 # %% ../../nbs/00h_data.subsets.ipynb #6960af35
@@ -23,7 +23,8 @@ def _carve(data, ids, name, seed):
     "`data` with the training identities `ids` as its query and gallery"
     out = data.train.pid.isin(ids)
     q,g = query_tables(data.train[out], data.protocol, seed)
-    return ReIDData(name, data.train[~out].reset_index(drop=True), q, g, data.protocol, [*data.notes])
+    rest = data.train[~out].reset_index(drop=True)
+    return with_answers(ReIDData(name, rest, q, g, data.protocol, [*data.notes]))
 
 @patch
 def holdout(self:ReIDData,
@@ -143,7 +144,7 @@ def _save_map(df, path):
     "Write old and new numbers of the identities of `df` to a CSV file"
     df = df[df.pid>=0].drop_duplicates('pid').sort_values('pid')
     columns = [c for c in ('pid','pid_was','pid_name') if c in df]
-    with atomic_path(path) as part: df[columns].to_csv(part, index=False)
+    with atomic_path(path) as part: df[columns].to_csv(part, index=False, errors='backslashreplace')
 
 @patch
 def relabel(self:ReIDData,

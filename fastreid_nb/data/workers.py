@@ -75,7 +75,7 @@ def story(e, patience):
 
 def own_words(e):
     "The message of an error in a worker, without the worker's traceback"
-    told = re.search(rf'\n(?:[\w.]+\.)?{type(e).__name__}: (.*)\Z', str(e), re.S)
+    told = re.search(rf'.*\n(?:[\w.]+\.)?{type(e).__name__}: (.*)\Z', str(e), re.S)   # the last of several
     kind = next(o for o in type(e).__mro__ if o in (FileNotFoundError, ValueError, TypeError))
     return kind(told[1].strip()) if told and str(e).startswith('Caught ') else None
 

@@ -12,9 +12,10 @@ import numpy as np, pandas as pd, torch
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from fastcore.basics import patch
 from html import escape
-from ..data.core import Protocol, as_protocol, choose_protocol
+from warnings import warn
+from fastcore.basics import patch
+from ..data.core import Protocol, as_protocol, choose_protocol, match_names
 from ..data.files import check_number, printable
 
 # %% ../../nbs/07_eval.ipynb #1e52cd42
@@ -39,7 +40,8 @@ def _carried(q, g):
 def _check(q, g, protocol=None):
     "Tables of `q` and `g`, and the protocol to use: as given, or that of the features, or the strictest that fits"
     if protocol is None: protocol = _carried(q, g)
-    q,g = _table(q, 'query'),_table(g, 'gallery')
+    q,g,said = match_names(_table(q, 'query'), _table(g, 'gallery'))
+    if said: warn('; '.join(said))
     protocol = as_protocol(choose_protocol(q, g) if protocol is None else protocol)
     if n := int((q.pid<0).sum()):
         expected = '-1 marks a distractor, which belongs in the gallery'

@@ -34,7 +34,8 @@ from ..train.core import reid_learner
 from ..train.checkpoint import is_ours
 from ..eval.inference import evaluate_data
 from ..weights.load import load_pretrained
-from .core import Signals, _hw, _leave, _run, _say, _writable, end_workers, read_data, run_folder
+from .core import Signals, end_workers, must_exist, read_data, run_folder
+from .core import _hw, _leave, _run, _say, _writable
 
 # %% ../../nbs/15a_recipes.cli.ipynb #5751afd9
 _ranges = dict(n_ids=(4,9999), epochs=(1,10**6), lr=(1e-9,100), freeze_iters=(0,10**9), p=(1,4096), k=(1,4096),
@@ -171,8 +172,13 @@ def with_classes(
     return new
 
 # %% ../../nbs/15a_recipes.cli.ipynb #2f934850
-def start_model(backbone, weights, size, seed):
-    "What training starts from: size of the images, and a function from a number of identities to arguments of `reid_learner`"
+def start_model(
+    backbone:str, # Network, as in `find_network`; '' for the usual one
+    weights:str, # imagenet, none, or a file
+    size:str, # Height x width; '' for the usual one
+    seed:int, # Of new weights
+)->tuple: # `Preproc`, and a function from a number of identities to arguments of `reid_learner`
+    "What training starts from"
     if weights not in ('imagenet','none'):
         model = open_model(weights, backbone, size)
         return model.preproc, lambda n: dict(model=with_classes(model, n, seed))
@@ -202,6 +208,7 @@ def reid_train(
 ):
     "Train on your own images"
     check_options(locals())
+    must_exist(path)
     with run_folder(out, overwrite) as out:
         preproc,start = start_model(backbone, weights, size, seed)
         data = read_data(path, regex, test_frac, seed).check(skip_bad, progress=has_screen())
@@ -277,12 +284,13 @@ def _obey(name, args):
     "Exit status of a command"
     with Signals():
         try: return reid_commands[name](**{k:v for k,v in args.items() if k not in ('pdb','xtra')}) or 0
-        except KeyboardInterrupt: return 128+(Signals.heard or signal.SIGINT)
+        except KeyboardInterrupt:
+            end_workers()
+            return 128+(Signals.heard or signal.SIGINT)
         except Exception as e:
             if args.get('pdb'): raise
             print(printable(f'reid {name}: {_sentence(e)}'), file=sys.stderr)
             return 1
-        finally: end_workers()
 
 # %% ../../nbs/15a_recipes.cli.ipynb #e7d70ca8
 def reid_main(

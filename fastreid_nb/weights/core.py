@@ -82,7 +82,9 @@ class Call:
     kw:dict = field(default_factory=dict) # Argument to value
 
     @classmethod
-    def of(cls, piece):
+    def of(cls,
+        piece:Callable, # Function, or a `partial` of one
+    ):
         "From a function, or a `partial` of one"
         if not isinstance(piece, partial): return cls(piece)
         bound = inspect.signature(piece.func).bind_partial(*piece.args, **piece.keywords)
@@ -93,15 +95,20 @@ class Call:
     @property
     def options(self): return [k for k in inspect.signature(self.fn).parameters if k!='pretrained']
 
-    def add(self, **kw):
-        "Set arguments"
+    def add(self,
+        **kw, # Argument to value
+    ):
+        "Set arguments, and give the call back"
         params = inspect.signature(self.fn).parameters.values()
         unknown = [] if any(o.kind==o.VAR_KEYWORD for o in params) else [k for k in kw if k not in self.options]
         if unknown: raise ValueError(f'{self.name} has no option {unknown[0]}: it has {self.options}')
         self.kw |= kw
         return self
 
-    def partial(self): return partial(self.fn, **self.kw) if self.kw else self.fn
+    def partial(self):
+        "The function itself if there are no arguments yet"
+        return partial(self.fn, **self.kw) if self.kw else self.fn
+
     def __repr__(self): return show_piece(self.partial())
 
 # %% ../../nbs/13_weights.ipynb #033a3118

@@ -85,7 +85,7 @@ class Spec:
         if self.whole is not None: return Call(self.whole.fn, self.whole.kw|kw)
         return Call(reid_model, kw|dict(pool=self.pool, head=self.head, test_on=self.test_on))
 
-    def told(self, net):
+    def _told(self, net):
         "What a backbone says itself about its images"
         names = dict(size='img_size')|(dict(mean='mean', std='std', resample='resample') if self.own else {})
         return {k:getattr(net, name) for k,name in names.items() if getattr(net, name, None) is not None}
@@ -93,7 +93,7 @@ class Spec:
     def build(self):
         "The model, untrained"
         model = self.call().partial()()
-        told = self.told(model.backbone)
+        told = self._told(model.backbone)
         size = tuple(told.get('size', self.images['size']))
         if 'size' in self.given and size!=tuple(self.images['size']): raise ValueError(
             f'size={self.images["size"]}, but {self.net.name} sees images of {size}: give the same size twice, or once')
@@ -255,7 +255,7 @@ def build_model(
 )->ReIDModel: # In evaluation mode
     "Build, fill and try a model"
     model = spec.build()
-    known = tuple(f'{k}=' for k in spec.told(model.backbone)) if spec.own else ()
+    known = tuple(f'{k}=' for k in spec._told(model.backbone)) if spec.own else ()
     origin.assumed = [o for o in origin.assumed if not o.startswith(known)]
     if hasattr(model.backbone, 'adapt'): spec.state = _adapted(spec.state, model.backbone)
     leave_out(spec, model, names, ignore, origin)
