@@ -189,9 +189,9 @@ def reid_model(
     test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'
 )->ReIDModel: # Untrained except for what `backbone` loads; `model.recipe` says how it was made
     "Put a model together from three pieces"
-    check_number('n_pids', n_pids, 0, whole=True)
     if isinstance(backbone, str): backbone = partial(timm_backbone, timm_name(backbone))
     net = make_backbone(backbone)
+    check_number('n_pids', n_pids, 0, whole=True)
     pool = pool or (GlobalAvgPool if getattr(net, 'signed_map', False) else GeM)
     pooling = make_pool(pool, net.n_feat)
     classes = make_piece(head, net.n_feat*getattr(pooling, 'n_out', 1), n_pids)
