@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/data.workers.html.md"""
 __all__ = []
 
 # %% ../../nbs/00k_data.workers.ipynb #8d7d92f9
-import multiprocessing, os, pickle, re, shutil, time
+import multiprocessing, os, pickle, re, shutil, time, torch
 from fastcore.basics import defaults
 from fastai.data.load import _MultiProcessingDataLoaderIter
 
@@ -38,14 +38,20 @@ def short_of(
         f'workers need about {n_files}: {way_out}, or allow more (ulimit -n 4096)')
     return ''
 
-def usual_workers(size, bs):
+def usual_workers(
+    size:tuple, # (height, width) of an image, pixels
+    bs:int, # Images in a batch
+)->int: # 0 to 8
     "One worker per processor, at most 8, and no more than there is room for"
     return next(n for n in range(min(8, defaults.cpus), -1, -1) if not short_of(n, size, bs))
 
 # %% ../../nbs/00k_data.workers.ipynb #15b29a79
 class WorkerBatches(_MultiProcessingDataLoaderIter):
     "torch's iterator over the batches of workers, with an end to its patience"
-    def __init__(self, loader, patience):
+    def __init__(self,
+        loader:torch.utils.data.DataLoader, # With workers, or what fastai makes of one
+        patience:float, # Seconds that a worker may take for a batch
+    ):
         self.patience = patience
         super().__init__(loader)
 
@@ -67,13 +73,18 @@ _stories = {'timed out':'A process that reads images gave no batch for {patience
     'killed by signal|exited unexpectedly|connection|EOFError':'The system ended a process that reads images, most '
         'often for want of memory: try fewer num_workers, or 0'}
 
-def story(e, patience):
+def story(
+    e:Exception, # What came while batches were made
+    patience:float, # Seconds that a worker may take for a batch
+)->str: # A sentence
     "What happened to the workers, if `e` tells of it; else ''"
     said = f'{type(e).__name__} {e}'
     found = (v for k,v in _stories.items() if re.search(k, said, re.I))
     return next(found, '').format(patience=patience)
 
-def own_words(e):
+def own_words(
+    e:Exception, # A ValueError, TypeError or FileNotFoundError
+)->Exception|None: # None if it does not come from a worker
     "The message of an error in a worker, without the worker's traceback"
     told = re.search(rf'.*\n(?:[\w.]+\.)?{type(e).__name__}: (.*)\Z', str(e), re.S)   # the last of several
     kind = next(o for o in type(e).__mro__ if o in (FileNotFoundError, ValueError, TypeError))
