@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/data.workers.html.md"""
 __all__ = []
 
 # %% ../../nbs/00k_data.workers.ipynb #8d7d92f9
-import multiprocessing, os, pickle, re, shutil, time, torch
+import contextlib, multiprocessing, os, pickle, re, shutil, time, torch
 from fastcore.basics import defaults
 from fastai.data.load import _MultiProcessingDataLoaderIter
 
@@ -62,6 +62,9 @@ class WorkerBatches(_MultiProcessingDataLoaderIter):
             came,data = self._try_get_data(min(5, self.patience))
             if came: return data
         raise RuntimeError(f'timed out after {self.patience} seconds')
+
+    def __del__(self):
+        with contextlib.suppress(AttributeError): super().__del__()   # it was interrupted while it was made
 
 # %% ../../nbs/00k_data.workers.ipynb #9de0a517
 _stories = {'timed out':'A process that reads images gave no batch for {patience} seconds: is the disk slow, an '
