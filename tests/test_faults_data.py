@@ -1,5 +1,5 @@
 "Faults that users ran into with tables, files, folders and images: the right value, or a message that helps"
-import html, io, os, shutil, signal, subprocess, sys, threading, warnings, zipfile
+import html, os, shutil, signal, warnings, zipfile
 import numpy as np, pandas as pd, pytest, torch
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +8,7 @@ from fastreid_nb.all import *
 from fastreid_nb.data import doctor # the methods; chkstyle: ignore
 from fastreid_nb.data.copies import unreadable
 from fastreid_nb.data.core import match_names, matchable, visible
-from fastreid_nb.data.images import jpeg_size, list_images, open_image, read_bytes
+from fastreid_nb.data.images import image_exts, jpeg_size, list_images, open_image
 
 @contextmanager
 def within(seconds):
@@ -137,7 +137,6 @@ def test_every_ending_that_is_read(tmp_path):
     assert said(data, '4 files are no images by their endings: 2 .cr2, 1 .txt, 1 without an ending')
     assert not said(data.check(progress=False), 'unreadable')
 
-from fastreid_nb.data.images import image_exts
 
 def laid(root, part, ids, cams=(1,2)):
     for p in ids:
@@ -351,7 +350,8 @@ def test_no_regular_files(tmp_path, kind):
     msg = 'cannot read the image .*1.jpg: .*(not a regular file|3,221,225,472 bytes, more than)'
     model = reid_model(resnet18, 2).eval()
     with within(60):
-        for read in (lambda: read_image(f), lambda: open_image(f), lambda: data.check(progress=False), lambda: Preproc((64,32)).load(f), lambda: embed(model, f),
+        for read in (lambda: read_image(f), lambda: open_image(f), lambda: data.check(progress=False),
+                lambda: Preproc((64,32)).load(f), lambda: embed(model, f),
                 lambda: list(plain_dl(df, Preproc((64,32)), num_workers=0)), lambda: floor_scores(data), lambda: color_hist(f)):
             with pytest.raises(ValueError, match=msg): read()
         assert list(unreadable([f]))==[f] and any('unreadable' in o.what for o in data.doctor(progress=False).findings)

@@ -45,7 +45,8 @@ ilids_vid = _train_only('ilids_vid', 'iLIDS-VID', 2014, 'iLIDS|i-LIDS-VID|iLIDS-
     r'(?:[^/]+/)?(?P<pid>[^/]+)/(?P<camid>[^_/]+)_[^/]*', 'cam1/person001/cam1_person001_00317.png', (300,None,2))
 pku_reid = _train_only('pku_reid', 'PKU-Reid', 2016, 'PKUv1a_128x48', '.', _pc, '1_1_1.png', (114,1824,2),
     link='https://arxiv.org/abs/1605.02464')
-prai1581 = _train_only('prai1581', 'PRAI-1581', 2020, 'PRAI-1581', 'images', _pc, '0001_1_0001.jpg', [(1581,39461,None),(1580,39481,None)],
+prai1581 = _train_only('prai1581', 'PRAI-1581', 2020, 'PRAI-1581', 'images', _pc, '0001_1_0001.jpg',
+    [(1581,39461,None),(1580,39481,None)],
     link='https://arxiv.org/abs/1908.05024')
 prid2011 = _train_only('prid2011', 'PRID-2011', 2011, 'prid_2011|PRID2011', 'slim_train|multi_shot',
     r'(?:cam_(?P<camid>[ab])/)?(?:.*/)?[^/]*_(?P<pid>\d+)/(?:(?P<camid2>[^_/]+)_)?[^/]*', 'cam_a/person_0001/0001.png',
@@ -58,7 +59,8 @@ qmul_grid = _train_only('qmul_grid', 'QMUL GRID', 2009, 'underground_reid', '.',
 saivt = _train_only('saivt', 'SAIVT-SoftBio', 2012, 'SAIVT-SoftBio', 'cropped_images',
     r'(?P<pid>[^/]+)/[^-/]*-[^-/]*-(?P<camid>[^-/.]+)[^/]*', '001/0001-0045-C3-0001.jpeg', [(152,64472,8),(152,7150,8)])
 sysu_mm01 = _train_only('sysu_mm01', 'SYSU-MM01', 2017, 'SYSU-MM01', '.', r'cam(?P<camid>[1245])/(?P<pid>\d+)/[^/]*',
-    'cam1/0001/0001.jpg', [(491,None,4),(510,30071,4)], cam0=1, status='To train on: the four cameras for visible light.',
+    'cam1/0001/0001.jpg', [(491,None,4),(510,30071,4)], cam0=1,
+    status='To train on: the four cameras for visible light.',
     link=cvf+'iccv_2017/html/Wu_RGB-Infrared_Cross-Modality_Person_ICCV_2017_paper.html')
 thermalworld = _train_only('thermalworld', 'ThermalWorld', 2018, 'thermalworld_rgb', '.', _p, '1/0001.jpg',
     (409,8103,1))
@@ -92,6 +94,7 @@ veri776 = _reader('veri776', 'VeRi-776', 2016, 'VeRi|veri|VeRi_with_plate',
     dict(train=[(576,37778,20),(575,37746,20)], query=(200,1678,19), gallery=(200,11579,19)), 'vehicle', cam0=1,
     status='On request.', link='https://vehiclereid.github.io/VeRi/')
 
+# %% ../../nbs/00j_data.catalogue.ipynb #15f923dd
 def _list(names, **kwargs):
     "Source of a list in train_test_split, which goes by one of the `names`"
     return FileSource('|'.join(f'train_test_split/{o}.txt' for o in names.split('|')), **kwargs)
@@ -110,6 +113,7 @@ def _vehicleid_row(size, ids, images):
 _vehicleid_sizes = dict(small=(800,6493), medium=(1600,13377), large=(2400,19777))
 _vehicleid = {k:_vehicleid_row(k, *o) for k,o in _vehicleid_sizes.items()}
 
+# %% ../../nbs/00j_data.catalogue.ipynb #69e071b5
 def vehicleid(
     path:str|Path, # Folder VehicleID_V1.0, with image and train_test_split, or the folder above it
     size:str='small', # 'small', 'medium' or 'large': 800, 1,600 or 2,400 test vehicles

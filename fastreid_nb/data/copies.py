@@ -85,7 +85,7 @@ def _listening():
         try: stream = os.dup(2)
         except OSError: stream = None
         def warns(raw):
-            if stream is None or raw[:2]!=b'\xff\xd8': return False
+            if stream is None or not isinstance(raw, bytes) or raw[:2]!=b'\xff\xd8': return False
             before = os.fstat(f.fileno()).st_size
             os.dup2(f.fileno(), 2)
             try: decode_jpeg(raw)
@@ -98,7 +98,7 @@ def _listening():
 _fields = [('width','i4'), ('height','i4'), ('content','u8'), ('hash_a','u8'), ('hash_b','u8'), ('colour','u1'),
     ('contrast','u1')]
 
-def _content(source): return source if isinstance(source, bytes) else read_bytes(source)
+def _content(source): return read_bytes(source) if isinstance(source, (str,Path)) else source
 
 def _scan_chunk(df, damage=False):
     "Measurements of the rows of `df` as an array, what is wrong with those that cannot be read, and damaged rows"
@@ -113,7 +113,7 @@ def _scan_chunk(df, damage=False):
                 continue
             strip.paste(im.resize((_side,_side), Image.BILINEAR), (0,_side*i))
             out[i] = w,h,code,0,0,0,0
-            if damage and isinstance(ims.source(i), (str,Path,bytes)) and warns(_content(ims.source(i))): damaged.append(i)
+            if damage and warns(_content(ims.source(i))): damaged.append(i)
     x = np.asarray(strip).reshape(-1, _side, _side, 3)
     grey = x @ np.array([.299,.587,.114])
     out['hash_a'],out['hash_b'] = perceptual_hash(grey).T
@@ -121,6 +121,7 @@ def _scan_chunk(df, damage=False):
     out['contrast'] = np.ptp(grey, (1,2))
     return out,errors,damaged
 
+# %% ../../nbs/00f_data.copies.ipynb #754f9f2b
 def _chunks(dfs, n, damage):
     "`_scan_chunk` of each table in order, by `n` processes"
     look = partial(_scan_chunk, damage=damage)
@@ -136,7 +137,7 @@ def scan_images(
     n_workers:int=None, # Processes; by default one per core, at most 16, on Linux, and none elsewhere
     progress:bool=True, # Show a bar that counts 256 images at a time?
     damage:bool=False, # Decode every JPEG in full, to see whether it is damaged inside?
-)->pd.DataFrame: # width, height (pixels), content, hash_a, hash_b, colour, contrast (grey levels), error (text), damaged
+)->pd.DataFrame: # width, height (pixels), content, hash_a, hash_b, colour, contrast (grey levels), error, damaged
     "Look at each image once"
     df = df[[o for o in ('path','image',*box_columns) if o in df]].reset_index(drop=True)
     keys = image_keys(df)

@@ -121,6 +121,7 @@ def _plain(o): return str(int(o)) if isinstance(o, (int,float,np.number)) and o=
 
 def _is_named(df, code, name): return code in df and name in df and pd.api.types.is_integer_dtype(df[code])
 
+# %% ../../nbs/00_data.ipynb #f7acc0fe
 def _names(df, code, name):
     "Code, name, and name within its data set, once for each that occurs"
     known = df[(df[code]>=0) & df[name].notna()].drop_duplicates([code,name])
@@ -223,6 +224,7 @@ def __repr__(self:ReIDData):
     title = f'{visible(self.name)} (protocol {self.protocol})'
     return '\n'.join([title, self.summary().to_string(), *map(visible, self.notes)])
 
+# %% ../../nbs/00_data.ipynb #7a1696d3
 @patch
 def _repr_html_(self:ReIDData):
     notes = [f'<p>{escape(visible(o))}</p>' for o in self.notes]

@@ -67,7 +67,8 @@ def _all_rows(data):
 def _examined(data, n_workers=None, progress=False, damage=False):
     "`_all_rows` beside what `scan_images` saw"
     rows = _all_rows(data)
-    return pd.concat([rows.drop(columns='image', errors='ignore'), scan_images(rows, n_workers, progress, damage)], axis=1)
+    scan = scan_images(rows, n_workers, progress, damage)
+    return pd.concat([rows.drop(columns='image', errors='ignore'), scan], axis=1)
 
 # %% ../../nbs/00g_data.doctor.ipynb #88831ccc
 def _doubly_listed(rows):
@@ -237,7 +238,8 @@ class DoctorReport:
     @property
     def title(self):
         counts = {s:sum(f.severity==s for f in self.findings) for s in severities}
-        return f'{visible(self.name)}: {self.n_images} images, ' + ', '.join(f'{n} {s}{"s"*(n!=1)}' for s,n in counts.items())
+        found = ', '.join(f'{n} {s}{"s"*(n!=1)}' for s,n in counts.items())
+        return f'{visible(self.name)}: {self.n_images} images, {found}'
 
     @cached_property
     def short(self):
@@ -270,6 +272,7 @@ def _repr_html_(self:DoctorReport):
         rows.append(_cells('td', (f'<b>{f.severity}</b>', len(f.rows), escape(f.what), examples, escape(f.fix))))
     return f'<p>{escape(self.title)}</p><table>{_cells("tr", rows)}</table>'
 
+# %% ../../nbs/00g_data.doctor.ipynb #39793f8c
 @patch
 def to_df(self:DoctorReport)->pd.DataFrame: # Severity, finding, split, row, path, pid, camid, other, detail, fix
     "Every row of every finding"

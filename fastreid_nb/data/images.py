@@ -10,7 +10,6 @@ __all__ = ['read_image', 'TableImages']
 # %% ../../nbs/00b_data.images.ipynb #976f9ba4
 import os, re, stat, zipfile
 from collections import Counter
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from io import BytesIO
@@ -134,6 +133,7 @@ def _walk_files(path):
         yield from [below+o for o in names]
         todo += [f'{below}{o}/' for o in sorted(dirs, reverse=True)]
 
+# %% ../../nbs/00b_data.images.ipynb #eb4e6bdf
 def list_files(
     path:Path, # Folder, or zip archive
 )->list: # Sorted paths below it, with /; may be empty
@@ -148,7 +148,9 @@ def list_files(
     raise FileNotFoundError(f'no folder {path}: expected a folder or a zip archive of images')
 
 # %% ../../nbs/00b_data.images.ipynb #35dce429
-def is_image(name):
+def is_image(
+    name:str, # Path, with /
+)->bool: # Whether an image may be in it
     "Does a path end like an image?"
     start,dot,end = name.rpartition('.')
     return bool(dot and start) and f'.{end.lower()}' in image_exts
@@ -175,7 +177,8 @@ _starts = [o.split() for o in ('x y', 'left top', 'xmin ymin', 'x0 y0', 'x1 y1',
     'xtopleft ytopleft', 'topleftx toplefty', 'xstart ystart', 'startx starty')]
 _ends = [o.split() for o in ('x2 y2', 'right bottom', 'xmax ymax', 'xr yb', 'xbr ybr', 'maxx maxy', 'r b',
     'xbottomright ybottomright', 'bottomrightx bottomrighty', 'xend yend', 'endx endy')]
-_centres = [o.split() for o in ('cx cy', 'xc yc', 'xcenter ycenter', 'centerx centery', 'xcentre ycentre', 'centrex centrey')]
+_centres = [o.split() for o in ('cx cy', 'xc yc', 'xcenter ycenter', 'centerx centery', 'xcentre ycentre',
+    'centrex centrey')]
 _sizes = [['w','h'], ['width','height']]
 _forms = [('size', a+b) for b in _sizes for a in _starts] + [('centre', a+b) for b in _sizes for a in _centres]
 _forms += [('ends', ['x0','y0','x1','y1'])] + [('ends', a+b) for a in _starts for b in _ends]
@@ -205,8 +208,8 @@ def _box_parts(df):
     if found and 'x3' not in here:
         columns = [here[o] for o in found[1]]
         numbers = df[columns].apply(pd.to_numeric, errors='coerce')
-        odd = numbers.isna() & df[columns].notna() & df[columns].ne('')
-        if odd.any(axis=None): raise ValueError(f'{columns} hold text in {odd.any(axis=1).sum()} rows: expected numbers')
+        odd = (numbers.isna() & df[columns].notna() & df[columns].ne('')).any(axis=1)
+        if odd.any(): raise ValueError(f'{columns} hold text in {odd.sum()} rows: expected numbers')
         return found[0],columns,numbers.to_numpy(float)
     one = next((o for o in df if _bare(o) in _in_one), None)
     if one is None: return None
@@ -242,16 +245,13 @@ def with_boxes(
     return df.assign(**boxes),[f'boxes: {", ".join(map(str, columns))} taken as {_meaning[kind]}']
 
 # %% ../../nbs/00b_data.images.ipynb #0d2c1cdd
-def _called(x): return visible(x) if isinstance(x, (str,Path)) else f'in memory ({type(x).__name__})'
+def _called(x): return x if isinstance(x, (str,Path)) else f'in memory ({type(x).__name__})'
 
-@contextmanager
-def _naming(name):
-    "Errors that say which image could not be read"
-    try: yield
-    except FileNotFoundError as e: raise FileNotFoundError(f'no image {name}') from e
-    except Exception as e:
-        why = str(e).split(' <_io')[0] or type(e).__name__
-        raise ValueError(f'cannot read the image {name}: {visible(why)}') from e
+def _named(e, name):
+    "Error `e`, saying which image could not be read"
+    if isinstance(e, FileNotFoundError): return FileNotFoundError(f'no image {visible(name)}')
+    why = str(e).split(' <_io')[0] or type(e).__name__
+    return ValueError(f'cannot read the image {visible(name)}: {visible(why)}')
 
 def check_pixels(
     w:int, # Width, pixels
@@ -264,7 +264,10 @@ def check_pixels(
     advice = 'make it smaller, or raise Image.MAX_IMAGE_PIXELS and max_pixels'
     raise ValueError(f'{w}×{h} pixels, more than the {most:,} that are read: {advice}')
 
-def open_pil(raw):
+# %% ../../nbs/00b_data.images.ipynb #a4226057
+def open_pil(
+    raw:bytes, # Content of a file
+)->Image.Image: # In any mode
     "Content of a file as a PIL image that is not decoded yet"
     return Image.open(BytesIO(raw), formats=image_formats())
 
@@ -274,15 +277,27 @@ def open_image(
     most:int=None, # Pixels, as in `check_pixels`
 )->Image.Image: # Mode RGB
     "The image `x` as Pillow reads it, upright and 8-bit RGB"
-    with _naming(name or _called(x)):
+    try:
         if isinstance(x, Image.Image): return to_rgb(x)
         with open_pil(x if isinstance(x, bytes) else read_bytes(x)) as im:
             check_pixels(*im.size, most)
             return to_rgb(im)
+    except Exception as e: raise _named(e, name or _called(x)) from e
 
 # %% ../../nbs/00b_data.images.ipynb #28294fed
-def to_pil(px): return Image.fromarray(px.permute(1,2,0).numpy())
-def from_pil(im): return torch.from_numpy(np.array(im)).permute(2,0,1)
+def to_pil(
+    px:torch.Tensor, # (3,h,w) uint8
+)->Image.Image: # Mode RGB
+    "A tensor as a PIL image"
+    return Image.fromarray(px.permute(1,2,0).numpy())
+
+def from_pil(
+    im:Image.Image, # Mode RGB
+)->torch.Tensor: # (3,h,w) uint8, a view with channels last
+    "A PIL image as a tensor"
+    return torch.from_numpy(np.array(im)).permute(2,0,1)
+
+_frames = {*range(0xc0, 0xd0)} - {0xc4,0xc8,0xcc} # Markers in front of a size
 
 def jpeg_size(
     raw:bytes, # Content of a JPEG file
@@ -291,8 +306,9 @@ def jpeg_size(
     i,n = 2,len(raw)-9
     while i<n and raw[i]==255:
         kind = raw[i+1]
-        if 0xc0<=kind<=0xcf and kind not in (0xc4,0xc8,0xcc): return raw[i+7]<<8 | raw[i+8],raw[i+5]<<8 | raw[i+6]
-        i += 2+(raw[i+2]<<8 | raw[i+3]) if 0xc0<=kind<=0xfe else n   # the next marker
+        if kind in _frames: return raw[i+7]<<8 | raw[i+8],raw[i+5]<<8 | raw[i+6]
+        if not 0xc0<=kind<=0xfe: return
+        i += 2+(raw[i+2]<<8 | raw[i+3])   # the next marker
 
 # %% ../../nbs/00b_data.images.ipynb #0229db5d
 def decode_jpeg(
@@ -309,9 +325,10 @@ def decode_jpeg(
 
 def _from_file(x, name, most_pixels, most_bytes):
     "The content of a file, or the file at a path, as (3,h,w) uint8"
-    with _naming(name):
-        if isinstance(x, (str,Path)): x = read_bytes(x, most_bytes)
+    try:
+        if not isinstance(x, bytes): x = read_bytes(x, most_bytes)
         px = decode_jpeg(x, most_pixels)
+    except Exception as e: raise _named(e, name) from e
     return from_pil(open_image(x, name, most_pixels)) if px is None else px
 
 # %% ../../nbs/00b_data.images.ipynb #2a57b92f
@@ -348,7 +365,7 @@ def _cut(px, box, name):
     h,w = px.shape[1:]
     left,top,right,bottom = max(box[0],0),max(box[1],0),min(box[2],w),min(box[3],h)
     if left<right and top<bottom: return px[:,top:bottom,left:right]
-    raise ValueError(f'box {tuple(box)} lies outside the image {name} of {w}×{h} pixels')
+    raise ValueError(f'box {tuple(box)} lies outside the image {visible(name)} of {w}×{h} pixels')
 
 def read_image(
     x, # Path, bytes of a file, PIL image, array (H,W,3) or (H,W), tensor (3,H,W) or (1,H,W); uint8, or float in [0,1]
@@ -358,11 +375,11 @@ def read_image(
     max_bytes:int=max_bytes, # A file, or member of an archive, that is larger is refused before it is read
 )->torch.Tensor: # (3,h,w) uint8 RGB, often a view with channels last
     "The image `x` in its own size, upright and RGB, whatever holds it and whatever mode it is stored in"
-    name = visible(name) if name else _called(x)
+    name = name or _called(x)
     if isinstance(x, (str,Path,bytes)): px = _from_file(x, name, max_pixels, max_bytes)
     elif isinstance(x, Image.Image): px = from_pil(open_image(x, name))
-    elif isinstance(x, np.ndarray): px = _from_array(x, name)
-    elif isinstance(x, torch.Tensor): px = _from_tensor(x, name)
+    elif isinstance(x, np.ndarray): px = _from_array(x, visible(name))
+    elif isinstance(x, torch.Tensor): px = _from_tensor(x, visible(name))
     else: raise ValueError(f'{type(x).__name__}: expected a path, bytes, a PIL image, an array or a tensor')
     return px if box is None else _cut(px, box, name)
 
@@ -371,7 +388,7 @@ class TableImages:
     "The images of a table by row: in files, in archives or in memory, whole or cut out of a frame"
     def __init__(self,
         df:pd.DataFrame, # A split; besides `path` it may have `image`, and `x`, `y`, `w`, `h` (pixels)
-        **limits, # `max_pixels` and `max_bytes` of `read_image`
+        **limits, # Passed to `read_image`
     ):
         self.limits = limits
         self.paths,self.boxes = df.path.to_numpy(),box_array(df)

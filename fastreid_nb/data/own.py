@@ -13,10 +13,9 @@ from io import StringIO
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.meta import delegates
-from .core import (Protocol, ReIDData, box_columns, code_names, matchable, pick_ids, query_tables,
-    split_columns, visible, with_answers)
-from fastreid_nb.data.images import (by_ending, image_exts, is_image, list_files, market_dirs, market_names,
-    with_boxes)
+from .core import Protocol, ReIDData, box_columns, code_names, matchable
+from .core import pick_ids, query_tables, split_columns, visible, with_answers
+from .images import by_ending, image_exts, is_image, list_files, market_dirs, market_names, with_boxes
 
 # %% ../../nbs/00c_data.own.ipynb #bf501cb0
 _known = {*split_columns, 'trackid', 'split', 'image', *code_names.values(), 'bbox', *box_columns} # What `cols` may map
@@ -38,6 +37,7 @@ def _with_path(df, notes):
     if (is_name | df.image.isna()).all(): return df.drop(columns='image')
     return df.assign(image=df.image.where(~is_name, None))
 
+# %% ../../nbs/00c_data.own.ipynb #c2c895e1
 def _hint(missing, columns):
     "Which of `columns` may be the one that is missing"
     lower = {str(o).strip().lower():o for o in columns}
@@ -77,6 +77,7 @@ _nobody = {'unknown', 'unk', 'unidentified', 'not identified', 'unknown id', 'un
     'unlabeled', 'unlabelled', 'no id', 'new whale', 'new individual', 'distractor', 'distractors', '?', '??', '???'}
 _doubtful = {'', 'na', 'n a', 'nan', 'null', 'none', 'nobody', 'other', 'others', 'background', 'junk', 'undefined'}
 
+# %% ../../nbs/00c_data.own.ipynb #7a56e670
 def _telling(s, what, notes):
     "`s` with -1 for nobody in particular, and notes on names that look like one another or like nobody"
     texts = [o for o in s.dropna().unique() if isinstance(o, str)]
@@ -87,7 +88,8 @@ def _telling(s, what, notes):
         notes.append(f'{what} {visible(nobody[0])!r} is nobody in particular: -1 in {n} rows')
         s = s.astype(object).where(~s.isin(nobody), -1)
     doubt = [o for o,p in plain.items() if o not in nobody and (p in _doubtful or p.startswith('unknown'))]
-    if doubt: notes.append(f'{what} {visible(doubt[0])!r} is taken for one of that name: write -1 for nobody in particular')
+    said = 'is taken for one of that name: write -1 for nobody in particular'
+    if doubt: notes.append(f'{what} {visible(doubt[0])!r} {said}')
     return s
 
 def _alike(s, what):
@@ -213,7 +215,8 @@ def _from_parts(df, part, name, seed, notes, protocol):
 _starts = {b'\xef\xbb\xbf':'utf-8-sig', b'\xff\xfe\0\0':'utf-32', b'\0\0\xfe\xff':'utf-32', b'\xff\xfe':'utf-16',
     b'\xfe\xff':'utf-16'} # First bytes → encoding
 _no_text = {b'PK\3\4':'an Excel workbook or another archive', b'\xd0\xcf\x11\xe0':'an old Excel workbook',
-    b'PAR1':'a Parquet file', b'\x1f\x8b':'compressed', b'SQLite':'a database', b'\x89HDF':'an HDF5 file', b'%PDF':'a PDF'}
+    b'PAR1':'a Parquet file', b'\x1f\x8b':'compressed', b'SQLite':'a database', b'\x89HDF':'an HDF5 file',
+    b'%PDF':'a PDF'}
 
 def _csv_text(path, encoding):
     "The text of a file"
@@ -227,9 +230,12 @@ def _csv_text(path, encoding):
         way_out = 'save it as "CSV UTF-8", or say what it is, such as encoding="cp1252" for Windows in the west'
         raise ValueError(f'{path} is not in {encoding} ({e}): {way_out}') from e
 
+# %% ../../nbs/00c_data.own.ipynb #d0db9257
 def _header(text, wanted, path):
     "(separator, names of the columns, text without a line such as sep=;)"
-    if m := re.match('sep=(.)\n', text): return m[1],next(csv.reader([text[6:].split('\n')[0]], delimiter=m[1])),text[6:]
+    if m := re.match('sep=(.)\n', text):
+        text = text[6:]
+        return m[1],next(csv.reader([text.split('\n')[0]], delimiter=m[1])),text
     fields = {o:next(csv.reader([text.split('\n')[0]], delimiter=o, skipinitialspace=True), []) for o in ',;\t| '}
     known = {k:len(wanted & {n.strip() for n in o}) for k,o in fields.items()}
     sep = max(fields, key=lambda o: (known[o], 0 if o==' ' else len(fields[o])))   # the first of equals
@@ -283,7 +289,8 @@ def _images(path, notes):
     files = list_files(path)
     names = [o for o in files if is_image(o)]
     if not names: raise ValueError(f'no image below {path}: expected files ending in {", ".join(sorted(image_exts))}')
-    if len(names)<len(files): notes.append(f'{len(files)-len(names)} files are no images by their endings: {by_ending(files)}')
+    n = len(files)-len(names)
+    if n: notes.append(f'{n} files are no images by their endings: {by_ending(files)}')
     return names
 
 def _read_names(names, regex, path):
@@ -300,7 +307,8 @@ def _split_tops(tops):
     "Which of the top folders are splits, and of which kind; none if they are identities"
     found = {o:_parts[o.lower()] for o in tops if o.lower() in _parts}
     kinds = set(found.values())
-    if not ('train' in kinds and len(kinds)>1 or kinds>={'query','gallery'} or len(tops)>1 and len(found)==len(tops)): return {}
+    enough = 'train' in kinds and len(kinds)>1 or kinds>={'query','gallery'}
+    if not enough and not 1<len(tops)==len(found): return {}
     whole = [o for o in tops if o.lower() in ('train_all','trainall')]
     if whole: found = {k:v for k,v in found.items() if v!='train'} | {whole[0]:'train'}
     if kinds>={'query','gallery'}: found = {k:v for k,v in found.items() if not k.lower().startswith('val')}
@@ -315,7 +323,8 @@ def _in_folders(inner, notes):
     n = sum(m is not None and m['pid'].lstrip('0')==p for m,p in zip(found, who))
     if n==len(inner): return df.assign(camid=[m['camid'] for m in found])
     how = r"regex=r'(?P<pid>[^/]+)/[^/]*_c(?P<camid>\d+)' reads them"
-    if n>len(inner)/2: notes.append(f'{n} of {len(inner)} names tell a camera, the others do not, so none is read: {how}')
+    said = f'{n} of {len(inner)} names tell a camera, the others do not, so none is read: {how}'
+    if n>len(inner)/2: notes.append(said)
     return df
 
 # %% ../../nbs/00c_data.own.ipynb #3aa91f2b

@@ -9,7 +9,7 @@ __all__ = ['Preproc']
 
 # %% ../../nbs/00i_data.preproc.ipynb #14814ac8
 from dataclasses import asdict, dataclass
-import numpy as np, torch, torch.nn.functional as F
+import torch, torch.nn.functional as F
 from fastai.torch_core import TensorImage
 from fastcore.basics import patch
 from PIL import Image

@@ -48,9 +48,12 @@ def must_exist(folder, names, what, listed=list_images):
     "Raise if an image of a list is not on disk"
     gone = sorted(set(names) - set(listed(folder)))
     if not gone: return
-    raise FileNotFoundError(f'{len(gone)} of {len(names)} images of {what} are not in {folder}, first {visible(gone[0])}')
+    said = f'{len(gone)} of {len(names)} images of {what} are not in {folder}'
+    raise FileNotFoundError(f'{said}, first {visible(gone[0])}')
 
-def _left_out(paths, s, why): return [f'{len(paths)} images in {s.where} {why}, first {visible(paths[0])}'] if paths else []
+# %% ../../nbs/00d_data.readers.ipynb #9e2487e7
+def _left_out(paths, s, why):
+    return [f'{len(paths)} images in {s.where} {why}, first {visible(paths[0])}'] if paths else []
 
 def _lines(at):
     "The lines of a list"
@@ -60,14 +63,17 @@ def _lines(at):
 def _said(s, texts):
     "What source `s` reads in `texts`, as a table of text, and the texts that it does not understand"
     find = re.compile(s.regex)
-    found = [find.fullmatch(o) for o in texts]
-    good = [m for m in found if m]
-    said = dict(path=[o for o,m in zip(texts,found) if m], camid=[str(s.cam)]*len(good))
-    said |= {k:[m[k] for m in good] for k in find.groupindex}
+    paths,groups,other = [],[],[]
+    for o,m in zip(texts, map(find.fullmatch, texts)):
+        if m: groups.append(m.groups())
+        (paths if m else other).append(o)
+    said = dict(path=paths, camid=[str(s.cam)]*len(paths))
+    columns = [*zip(*groups)]
+    said |= {k:columns[i-1] for k,i in find.groupindex.items() if columns}
     for k in ('pid','camid'):
         more = said.pop(f'{k}2', None)
         if more: said[k] = ['-'.join(filter(None, o)) for o in zip(said[k], more)]
-    return pd.DataFrame(said),[o for o,m in zip(texts,found) if not m]
+    return pd.DataFrame(said),other
 
 # %% ../../nbs/00d_data.readers.ipynb #d297c71e
 def read_rows(root, s, listed=list_files):
@@ -130,13 +136,13 @@ def market_like(eg, dirs=market_dirs):
     return {k:FileSource(o, market_names, eg) for k,o in dirs.items()}
 
 # %% ../../nbs/00d_data.readers.ipynb #5da2a827
-def all_match(regex, s):
+def _all_match(regex, s):
     "Does every value of column `s` match?"
     return all(map(re.compile(regex).fullmatch, s.unique()))
 
 def codes_of(s, first=None):
     "Whole numbers for text: counted from `first` if all are numbers, else places in sorted order"
-    if s.dtype.kind!='i' and all_match(r'-?\d+', s): s = s.astype(int)
+    if s.dtype.kind!='i' and _all_match(r'-?\d+', s): s = s.astype(int)
     if first is not None and s.dtype.kind=='i': return s-first
     return pd.Series(np.unique(s.to_numpy(), return_inverse=True)[1], index=s.index)
 
@@ -148,10 +154,10 @@ def read_table(b, root):
     shifted = ~df.split.isin(['train','val']) & b.shift
     pid = pd.concat([codes_of(o, 0) for _,o in df.pid.groupby(shifted)]).sort_index()
     pid += shifted*(pid[~shifted].max()+1)
-    if b.shift or not all_match(r'\d+', df.pid): df['pid_name'] = df.pid
+    if b.shift or not _all_match(r'\d+', df.pid): df['pid_name'] = df.pid
     notes = [n for *_,notes in read for n in notes]
     first = b.cam0
-    if first is not None and all_match(r'\d+', df.camid) and (low := df.camid.astype(int).min())<first:
+    if first is not None and _all_match(r'\d+', df.camid) and (low := df.camid.astype(int).min())<first:
         notes.append(f'cameras are counted from {low} here, and from {first} in the published set')
         first = low
     return df.assign(pid=pid, camid=codes_of(df.camid, first), dsetid=b.name),notes
@@ -238,7 +244,8 @@ def market1501(
     df['pid'] = df.pid.replace(0, -1)
     if 'train' not in parts: notes.append(f'no {market_dirs["train"]}: there is nothing to train on')
     data = ReIDData(name, *(split_table(df, k) for k in market_dirs), notes=notes)
-    if data.protocol!='market': notes.append(f'protocol {data.protocol}: there is one camera only, or one that nobody knows')
+    why = 'there is one camera only, or one that nobody knows'
+    if data.protocol!='market': notes.append(f'protocol {data.protocol}: {why}')
     published = root.resolve().name==market_row.folders
     if published and (diff := count_differences(data, market_row.counts)):
         notes.append(f'not as published: {"; ".join(diff)}')
