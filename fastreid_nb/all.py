@@ -11,6 +11,7 @@ from .data.doctor import *
 from .data.subsets import *
 from .data.preproc import *
 from .data.catalogue import *
+from .data.workers import *
 from .augment.core import *
 from .augment.geometry import *
 from .augment.policies import *

@@ -130,6 +130,6 @@ def test_doctor_wrong_calls(capsys, tmp_path, folder, monkeypatch):
     (tmp_path/'boxes.csv').write_text(f'path,pid,x,y,w,h\n{folder}/query,1,0,0,0,5\n{folder}/query,1,0,0,5,5\n')
     assert 'boxes are no boxes' in says(capsys, 1, 'doctor', tmp_path/'boxes.csv')
     from fastreid_nb.data import copies
-    def broken(*args): raise OSError(5, 'Input/output error')
+    def broken(*args, **kwargs): raise OSError(5, 'Input/output error')
     monkeypatch.setattr(copies, '_scan_chunk', broken)
     assert 'Input/output error' in says(capsys, 1, 'doctor', folder)

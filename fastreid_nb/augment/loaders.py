@@ -8,14 +8,13 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/augment.loaders.html.md"""
 __all__ = ['ReIDDataset', 'ReIDLoader', 'PKLoader', 'plain_dl', 'reid_dls', 'ItemAugs']
 
 # %% ../../nbs/01e_augment.loaders.ipynb #9e4df331
-import multiprocessing, os, pickle, re, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from itertools import chain
 from warnings import warn
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.load import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
+from fastai.data.load import _SingleProcessDataLoaderIter
 from fastai.data.transforms import IntToFloatTensor, Transform
 from fastai.torch_core import TensorCategory, TensorImage, default_device, to_device
 from fastcore.basics import chunked, defaults, patch
@@ -24,6 +23,7 @@ from ..data.core import ReIDData
 from ..data.files import check_number
 from ..data.images import TableImages
 from ..data.preproc import Preproc
+from ..data.workers import WorkerBatches, check_sendable, in_short, short_of, usual_workers
 from .core import apply_augs, bagtricks_augs
 from .samplers import pk_batches
 
@@ -53,36 +53,6 @@ class ReIDDataset:
     def __getitem__(self, i):
         x = self.preproc.load(self._pixels(i))
         return x, TensorCategory(int(self.pid[i])), TensorCategory(int(self.camid[i]))
-
-# %% ../../nbs/01e_augment.loaders.ipynb #23ccde2d
-shared_memory = '/dev/shm'   # where processes exchange batches, on Linux
-
-def _free_files():
-    "How many more files this process may open; a large number where that is not known"
-    try:
-        import resource
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir('/proc/self/fd'))
-    except (ImportError, OSError): return 10**6
-
-def short_of(
-    n:int, # Workers
-    size:tuple, # (height, width) of an image, pixels
-    bs:int, # Images in a batch
-)->str: # A sentence; '' if there is enough
-    "What `n` workers lack, if anything: shared memory, or files that may be open"
-    need = (2*n+2)*bs*3*size[0]*size[1]   # bytes: two batches of each worker, and those in use
-    n_files = 16*n+32
-    free = shutil.disk_usage(shared_memory).free if os.path.isdir(shared_memory) else need
-    way_out = f'give fewer num_workers than {n} (0 always works)'
-    if n and free<need: return (f'{shared_memory} has {free/2**20:.0f} MB of shared memory left, {n} workers with batches '
-        f'of {bs} need {need/2**20:.0f} MB: {way_out}, or a container more of it (docker run --shm-size=1g)')
-    if n and _free_files()<n_files: return (f'the system allows this process {_free_files()} more open files, {n} '
-        f'workers need about {n_files}: {way_out}, or allow more (ulimit -n 4096)')
-    return ''
-
-def usual_workers(size, bs):
-    "One worker per processor, at most 8, and no more than there is room for"
-    return next(n for n in range(min(8, defaults.cpus), -1, -1) if not short_of(n, size, bs))
 
 # %% ../../nbs/01e_augment.loaders.ipynb #226ff816
 class ReIDLoader(TfmdDL):
@@ -140,37 +110,17 @@ def create_batches(self:ReIDLoader,
     if get_worker_info(): return (self._fill(s, rows, self._read(rows)) for s,rows in todo)
     return self._ahead(todo, max(1, min(4, defaults.cpus-1)))
 
-# %% ../../nbs/01e_augment.loaders.ipynb #4d7f98c6
-class _WorkerBatches(_MultiProcessingDataLoaderIter):
-    "torch's iterator over the batches of workers, with an end to its patience"
-    def __init__(self, loader, patience):
-        self.patience = patience
-        super().__init__(loader)
-
-    def _get_data(self):
-        "The next batch; every few seconds torch looks whether all workers are alive"
-        start = time.monotonic()
-        while time.monotonic()-start<self.patience:
-            came,data = self._try_get_data(min(5, self.patience))
-            if came: return data
-        raise RuntimeError(f'timed out after {self.patience} seconds')
-
 # %% ../../nbs/01e_augment.loaders.ipynb #ec59d502
 @patch(as_prop=True)
 def pins(self:ReIDLoader)->bool:
     "Are batches put in pinned memory? For a CUDA device, or where `pin_memory` asks for it"
     return self.pin_memory or self.device is not None and self.device.type=='cuda'
 
+# %% ../../nbs/01e_augment.loaders.ipynb #2e68cbad
 @patch
 def sample(self:ReIDLoader):
     "Samples of this process: those of every `num_workers`-th batch"
     return (o for i,o in enumerate(self._todo) if i//(self.bs or 1)%self.num_workers==self.offs)
-
-@patch
-def _check_room(self:ReIDLoader):
-    "Refuse to start more workers than there is room for"
-    lack = short_of(self.fake_l.num_workers, self.dataset.preproc.size, self.bs or 1)
-    if lack: raise RuntimeError(lack)
 
 @patch
 def _deliver(self:ReIDLoader):
@@ -180,7 +130,7 @@ def _deliver(self:ReIDLoader):
     self._todo = self.get_idxs()
     self.fake_l.pin_memory = self.pins
     alone = self.fake_l.num_workers==0
-    batches = _SingleProcessDataLoaderIter(self.fake_l) if alone else _WorkerBatches(self.fake_l, self.patience)
+    batches = _SingleProcessDataLoaderIter(self.fake_l) if alone else WorkerBatches(self.fake_l, self.patience)
     for b in batches:
         if type(b)==list: b = tuple(b)   # what pinning makes of a tuple
         if self.device is not None: b = to_device(b, self.device, non_blocking=self.pins)
@@ -189,70 +139,29 @@ def _deliver(self:ReIDLoader):
     if hasattr(self, 'it'): del self.it
 
 # %% ../../nbs/01e_augment.loaders.ipynb #ad0cbab3
-_stories = {'timed out':'A process that reads images gave no batch for {patience} seconds: is the disk slow, an '
-        'augmentation blocked, or shared memory full (docker run --shm-size=1g)? Try fewer num_workers, or 0',
-    'too many open files|ancdata':'The processes that read images have too many files open: try fewer num_workers, 0 '
-        'always works, or allow more files (ulimit -n 4096)',
-    'shared memory|bus error|no space left':'The processes that read images have no shared memory left: try fewer '
-        'num_workers, 0 always works, or give a container more of it (docker run --shm-size=1g)',
-    'killed by signal|exited unexpectedly|connection|EOFError':'The system ended a process that reads images, most '
-        'often for want of memory: try fewer num_workers, or 0'}
-
-def _story(e, patience):
-    "What happened to the workers, if `e` tells of it; else ''"
-    said = f'{type(e).__name__} {e}'
-    found = (v for k,v in _stories.items() if re.search(k, said, re.I))
-    return next(found, '').format(patience=patience)
-
-def _own_words(e):
-    "The message of an error in a worker, without the worker's traceback"
-    told = re.search(rf'\n(?:[\w.]+\.)?{type(e).__name__}: (.*)\Z', str(e), re.S)
-    kind = next(o for o in type(e).__mro__ if o in (FileNotFoundError, ValueError, TypeError))
-    return kind(told[1].strip()) if told and str(e).startswith('Caught ') else None
-
 @patch
-def _explain(self:ReIDLoader, e):
-    "Raise `e`, an error while batches were made, in words that help"
-    if isinstance(e, (ValueError,FileNotFoundError,TypeError)) and (short := _own_words(e)): raise short from None
-    theirs = isinstance(e, (RuntimeError,OSError,EOFError)) and not isinstance(e, (FileNotFoundError,PermissionError))
-    story = _story(e, self.patience) if theirs and self.fake_l.num_workers else ''
-    if not story: raise e
-    raise RuntimeError(f'{story}. ({printable_line(e)})') from e
-
-def printable_line(e):
-    "The first line of an error"
-    return (str(e) or type(e).__name__).strip().splitlines()[0][:200]
+def _check_workers(self:ReIDLoader):
+    "Refuse to start workers that have no room, or that cannot be sent what they need"
+    lack = short_of(self.fake_l.num_workers, self.dataset.preproc.size, self.bs or 1)
+    if lack: raise RuntimeError(lack)
+    pieces = {f'augmentation {i}':o for i,o in enumerate(getattr(self, 'augs', []))}
+    if hasattr(self, 'batches'): pieces['`batches`'] = self.batches
+    if self.fake_l.num_workers: check_sendable(pieces)
 
 @patch
 def __iter__(self:ReIDLoader):
     n = 0
-    self._check_room()
-    check_sendable(self)
+    self._check_workers()
     try:
         for b in self._deliver():
             n += 1
             yield b
-    except Exception as e: self._explain(e)
+    except Exception as e:
+        short = in_short(e, self.fake_l.num_workers, self.patience)
+        if short is e: raise
+        raise short from (None if isinstance(short, ValueError|FileNotFoundError|TypeError) else e)
     if n<len(self): raise RuntimeError(f'{n} of {len(self)} batches came: a process that reads images ended early; '
         'try fewer num_workers, or 0')
-
-# %% ../../nbs/01e_augment.loaders.ipynb #82e661c5
-def _can_be_sent(o):
-    try: pickle.dumps(o)
-    except (pickle.PicklingError,AttributeError,TypeError): return False
-    return True
-
-def check_sendable(
-    dl:ReIDLoader, # Loader about to start its workers
-    method:str=None, # How a process is started: 'fork' copies it; by default as the system does
-):
-    "Refuse augmentations and samplers that workers cannot be sent"
-    if not dl.fake_l.num_workers or (method or multiprocessing.get_start_method())=='fork': return
-    pieces = {f'augmentation {i}':o for i,o in enumerate(getattr(dl, 'augs', []))}
-    pieces |= {k:getattr(dl, k) for k in ('batches',) if hasattr(dl, k)}
-    stuck = [f'{k} ({getattr(o, "__qualname__", repr(o))})' for k,o in pieces.items() if not _can_be_sent(o)]
-    if stuck: raise ValueError(f'{" and ".join(stuck)} cannot be sent to worker processes: write it as a function with '
-        'a name in a file that is imported, or use num_workers=0')
 
 # %% ../../nbs/01e_augment.loaders.ipynb #aaf0bed9
 class ToFloat(IntToFloatTensor):

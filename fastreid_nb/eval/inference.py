@@ -58,7 +58,9 @@ def join(embs, device):
     return torch.cat(embs)
 
 # %% ../../nbs/07c_eval.inference.ipynb #a560b1aa
-def all_finite(emb):
+def all_finite(
+    emb:torch.Tensor, # (N,D)
+)->torch.Tensor: # `emb`
     "Return the embeddings `emb` (N,D) if all are numbers"
     bad = (~emb.isfinite()).any(1).nonzero().flatten().tolist()
     if not bad: return emb

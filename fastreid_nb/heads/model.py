@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..data.files import check_choice, later
+from ..data.files import check_choice, check_number, later
 from ..data.preproc import Preproc
 from ..backbone.resnet import as_ours, resnet50
 from ..backbone.timmnets import timm_backbone, timm_name
@@ -61,6 +61,8 @@ class ReIDModel(nn.Module):
 # %% ../../nbs/04a_heads.model.ipynb #145f89a7
 def check_images(x, n, least):
     "Refuse what cannot be a batch of images with `n` channels and at least `least` pixels in height and width"
+    if not isinstance(x, torch.Tensor): raise ValueError(
+        f'expected a non-empty batch of images (B,{n},H,W) as a tensor, got {type(x).__name__}: `embed` takes other forms')
     fits = x.ndim==4 and x.shape[0] and x.shape[1]==n and min(x.shape[2:])>=least and x.is_floating_point()
     if not fits: raise ValueError(f'expected a non-empty batch of images (B,{n},H,W), float in [0,1], '
         f'H and W at least {least}; got shape {tuple(x.shape)} of {x.dtype}')
@@ -189,6 +191,7 @@ def reid_model(
     "Put a model together from three pieces"
     if isinstance(backbone, str): backbone = partial(timm_backbone, timm_name(backbone))
     net = make_backbone(backbone)
+    check_number('n_pids', n_pids, 0, whole=True)
     pool = pool or (GlobalAvgPool if getattr(net, 'signed_map', False) else GeM)
     pooling = make_pool(pool, net.n_feat)
     classes = make_piece(head, net.n_feat*getattr(pooling, 'n_out', 1), n_pids)

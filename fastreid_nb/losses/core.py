@@ -16,7 +16,9 @@ from ..pooling.core import full_precision
 from torch import nn
 
 # %% ../../nbs/05_losses.ipynb #6766173e
-def check_labels(pid):
+def check_labels(
+    pid, # What came as labels
+):
     "Refuse labels that are no whole numbers, one for each row"
     if not isinstance(pid, torch.Tensor): raise ValueError(f'pid is a {type(pid).__name__}: expected a tensor (B,) int64')
     whole = not (pid.is_floating_point() or pid.is_complex() or pid.dtype==torch.bool)

@@ -40,6 +40,16 @@ strong_augs = [partial(random_shift, p=.1), pad_crop, hflip,
     affine, partial(augmix, p=.5), partial(_tv_erase, fill='zero')]
 aug_recipes = dict(weak=weak_augs, bagtricks=bagtricks_augs, sbs=sbs_augs, strong=strong_augs)
 
+# %% ../../nbs/15_recipes.ipynb #7ec8c77e
+def must_exist(
+    path:str|Path, # File or folder of images
+)->Path: # `path`
+    "A path that is there"
+    path = Path(path)
+    if path.exists(): return path
+    known = 'a CSV file, a Market-1501 folder, or a folder or zip archive with one folder per identity'
+    raise FileNotFoundError(f'{path} not found: expected {known}')
+
 # %% ../../nbs/15_recipes.ipynb #fa5b4787
 def read_data(
     path:str|Path, # CSV file, Market-1501 folder, or folder or zip archive of images
@@ -48,11 +58,8 @@ def read_data(
     seed:int=0, # Of that split
 )->ReIDData: # Its `notes` say what was decided
     "Read images by whichever reader fits `path`"
-    path = Path(path)
+    path = must_exist(path)
     if path.is_file() and path.suffix.lower()!='.zip': return from_csv(path, test_frac=test_frac, seed=seed)
-    if not path.exists():
-        known = 'a CSV file, a Market-1501 folder, or a folder or zip archive with one folder per identity'
-        raise FileNotFoundError(f'{path} not found: expected {known}')
     roots = path,path/'Market-1501-v15.09.15'
     parts = 'bounding_box_train','bounding_box_test'
     if any((o/d).is_dir() for o in roots for d in parts): return market1501(path)
@@ -158,7 +165,9 @@ def end_workers():
     "End all processes that this one has started"
     for o in multiprocessing.active_children(): o.kill()
 
-def end_now(status):
+def end_now(
+    status:int, # Exit status of this process
+):
     "End this process and its workers without further ado"
     end_workers()
     os._exit(status)

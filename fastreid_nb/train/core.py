@@ -81,7 +81,10 @@ class Amp(MixedPrecision):
 # %% ../../nbs/06_train.ipynb #eb78dbd9
 class LogLines:
     "Writes the numbers of an epoch as one line, the first time below a line of their names"
-    def __init__(self, learn): self.learn,self.is_first = learn,True
+    def __init__(self,
+        learn:Learner, # Whose columns are named
+    ):
+        self.learn,self.is_first = learn,True
 
     def __call__(self, values):
         if self.is_first: self._line(self.learn.recorder.metric_names)
@@ -90,13 +93,18 @@ class LogLines:
 
     def _line(self, texts): print('  '.join(o.ljust(10) for o in texts).rstrip(), flush=True)
 
-def check_lr(lr):
+def check_lr(
+    lr, # What came as a learning rate; None is fine
+):
     "Refuse a learning rate, or the two ends of a slice, that is no number of 0 or more"
     ends = [lr.start,lr.stop] if isinstance(lr, slice) else np.ravel(lr).tolist()
     for o in ends:
         if o is not None: check_number('lr', o, 0)
 
-def check_monitor(cb, names):
+def check_monitor(
+    cb:Callback, # Any callback
+    names:list, # Columns that training will have
+):
     "Refuse to watch a column that the table of training does not have"
     if not isinstance(cb, TrackerCallback) or cb.monitor in names: return
     why = 'there is no loss in validation, whose identities are new' if cb.monitor=='valid_loss' else 'no such column'
