@@ -1,5 +1,5 @@
 "Faults that tenants met while they trained, scored and used the command: the right value, or one clear sentence"
-import errno, glob, json, multiprocessing, os, re, resource, signal, subprocess, sys, threading, time
+import errno, os, re, signal, subprocess, sys, threading, time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,8 @@ def test_data_that_is_none(data):
 
 # Preproc
 
-@pytest.mark.parametrize('kw', [dict(size=256), dict(size=None), dict(size=(64.5,32)), dict(size=('64','32')), dict(mean=(123.,116.,103.)), dict(std=(58.,57.,57.)), dict(std=(0,0,0)),
+@pytest.mark.parametrize('kw', [dict(size=256), dict(size=None), dict(size=(64.5,32)), dict(size=('64','32')),
+    dict(mean=(123.,116.,103.)), dict(std=(58.,57.,57.)), dict(std=(0,0,0)),
     dict(mean=(.5,.5)), dict(std=float('nan')), dict(mean=(float('nan'),)*3), dict(mean=(-.1,.5,.5))])
 def test_preproc_is_checked(kw):
     with pytest.raises(ValueError, match='expected'): Preproc(**kw)

@@ -56,6 +56,7 @@ def _check_regex(regex):
 def _check_precision(name):
     if name not in _precisions: raise ValueError(f'precision {name!r}: expected one of {", ".join(_precisions)}')
 
+# %% ../../nbs/15a_recipes.cli.ipynb #08ef6cb6
 def _check_weights(weights):
     if weights in ('imagenet','none') or Path(weights).expanduser().is_file(): return
     raise ValueError(f'weights {weights!r}: expected imagenet, none, or a file, and there is no such file')
@@ -152,6 +153,7 @@ def _open_foreign(path, asked, size):
         if asked is None: raise
     return load_pretrained(path, size=size, backbone=asked, verbose=False)
 
+# %% ../../nbs/15a_recipes.cli.ipynb #130c6b08
 def with_classes(
     model:ReIDModel, # Model with a recipe
     n_pids:int, # Training identities
@@ -271,6 +273,7 @@ def _dashes(o):
     name,eq,val = o.partition('=')
     return name.replace('_', '-')+eq+val if o.startswith('--') else o
 
+# %% ../../nbs/15a_recipes.cli.ipynb #19541508
 def _sentence(e):
     "What an error says, in a line if it is none that the library explains"
     if isinstance(e, MemoryError) or re.search("out of memory|can't allocate memory", str(e)):

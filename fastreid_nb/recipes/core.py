@@ -92,6 +92,7 @@ def _try_lock(f):
     except (ImportError,OSError): return True
     return True
 
+# %% ../../nbs/15_recipes.ipynb #ce1c6aec
 def _locked(folder):
     "An open file that marks `folder` as in use; None if another run uses it"
     path = folder/'.lock'
@@ -172,6 +173,7 @@ def end_now(
     end_workers()
     os._exit(status)
 
+# %% ../../nbs/15_recipes.ipynb #14d7ffd5
 class HeedSignals(Callback):
     "Stop where a signal came and its interruption was lost"
     def before_batch(self):
@@ -194,6 +196,7 @@ def _leave(res, out):
     _say('', res, '')
     _draw_lists(res, out)
 
+# %% ../../nbs/15_recipes.ipynb #7998ccb3
 def _keep(learn, out):
     "Save what was learnt so far, if anything"
     if not getattr(learn.recorder, 'losses', []): return

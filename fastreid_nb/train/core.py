@@ -170,6 +170,7 @@ class PassCamera(Callback):
     def before_batch(self):
         if getattr(self.model, 'n_cams', 0): self.learn.xb = (*self.xb, self.yb[1])
 
+# %% ../../nbs/06_train.ipynb #d121dbbe
 class SkipValidLoss(Callback):
     "No loss in validation: the identities are new"
     order = -20
@@ -209,7 +210,7 @@ class FusedAdam(OptimWrapper):
         sqr_mom:float=.999, # Share kept of the average squared gradient, in [0,1)
         eps:float=1e-8, # Added to the root of that average
         wd:float=5e-4, # L2 weight decay, added to the gradient
-        **kwargs, # `fused` or `foreach` of `torch.optim.Adam`
+        **kwargs, # Other options of torch's Adam, such as fused=True
     ):
         groups = [list(o) for o in params] if isinstance(params[0], (L,list)) else [list(params)]
         opt = torch.optim.Adam([dict(params=o) for o in groups], lr=lr, betas=(mom,sqr_mom), eps=eps, weight_decay=wd, **kwargs)
