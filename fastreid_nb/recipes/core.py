@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.html.md"""
 __all__ = ['weak_augs', 'sbs_augs', 'strong_augs', 'aug_recipes', 'read_data', 'train_and_report']
 
 # %% ../../nbs/15_recipes.ipynb #14695ae0
-import multiprocessing, os, signal
+import multiprocessing, os, signal, sys
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -146,6 +146,7 @@ class Signals:
     heard = None   # number of the signal that came
     def __enter__(self):
         Signals.heard,self.was,self.owner = None,{},os.getpid()
+        self.hook,sys.unraisablehook = sys.unraisablehook,self._lost
         for o in ('SIGINT','SIGTERM','SIGHUP'): self._listen(getattr(signal, o, None))
         return self
 
@@ -159,7 +160,11 @@ class Signals:
         Signals.heard = number
         raise KeyboardInterrupt
 
+    def _lost(self, what):
+        if not issubclass(what.exc_type, KeyboardInterrupt): self.hook(what)   # `HeedSignals` raises that one again
+
     def __exit__(self, *args):
+        sys.unraisablehook = self.hook
         for k,v in self.was.items(): signal.signal(k, v)
 
 def end_workers():
