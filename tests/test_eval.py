@@ -308,9 +308,9 @@ def test_features_bad_files(tmp_path):
     f = Features(torch.rand(3,2), pd.DataFrame(dict(pid=[1,2,3])))
     path = f.save(tmp_path/'f.pt')
     whole = path.read_bytes()
-    for junk in (b'', b'hello', whole[:len(whole)//2]):
+    for junk,what in ((b'', 'not a readable file of features'), (b'hello', 'it is a text'), (whole[:len(whole)//2], 'truncated')):
         path.write_bytes(junk)
-        with pytest.raises(ValueError, match='truncated'): Features.load(path)
+        with pytest.raises(ValueError, match=what): Features.load(path)
     torch.save(dict(a=1), path)
     with pytest.raises(ValueError, match='something other than features'): Features.load(path)
     with pytest.raises(FileNotFoundError, match='nowhere.pt'): Features.load(tmp_path/'nowhere.pt')
