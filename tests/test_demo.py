@@ -33,7 +33,7 @@ def demo(workers, cache, out):
     "What the command prints"
     reid = shutil.which('reid', path=Path(sys.executable).parent) or shutil.which('reid')
     assert reid, 'the command `reid` is missing: run pip install -e ".[dev]"'
-    opts = dict(n_ids=n_ids, epochs=1, workers=workers, seed=3, cache=cache, out=out)
+    opts = dict(n_ids=n_ids, epochs=1, workers=workers, seed=3, precision='float32', cache=cache, out=out)
     return run([reid, 'demo', *(o for k,v in opts.items() for o in (f'--{k}', v))], cache, out.parent)
 
 def table(text): return re.findall(r'^\W*(mAP|mINP|rank-\d+|queries \w+)\W+(.*?)\s*$', text, re.M)
