@@ -1,7 +1,6 @@
 "Faults that tenants met while they trained, scored and used the command: the right value, or one clear sentence"
 import errno, os, re, signal, subprocess, sys, threading, time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
