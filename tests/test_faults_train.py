@@ -1,4 +1,4 @@
-"Faults that tenants met while they trained, scored and used the command: the right value, or one clear sentence"
+"Faults that users met while they trained, scored and used the command: the right value, or one clear sentence"
 import errno, os, re, signal, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
