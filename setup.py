@@ -27,4 +27,4 @@ setup(
     packages=find_packages(include=[lib, f'{lib}.*']),
     install_requires=cfg['requirements'].split(),
     extras_require={o:cfg[f'{o}_requirements'].split() for o in ('dev','cuhk03','timm')},
-    entry_points={'console_scripts':cfg['console_scripts'].split(), 'nbdev':[f'{lib} = {lib}._modidx:d']})
+    entry_points={'console_scripts':cfg['console_scripts'].split(), 'nbdev':[f'{lib} = {lib}._docidx:d']})

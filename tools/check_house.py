@@ -175,7 +175,7 @@ def modules_and_packages(house):
     "Every module has a notebook, every package an empty `__init__.py`"
     top = house.root/lib
     paths = {o.relative_to(house.root).as_posix():o for o in sorted(top.rglob('*.py'))}
-    written = {o.file for o in house.rooms} | {f'{lib}/{o}.py' for o in ('__init__', '__main__', 'all', '_modidx')}
+    written = {o.file for o in house.rooms} | {f'{lib}/{o}.py' for o in ('__init__', '__main__', '_docidx', 'all', '_modidx')}
     for name,path in paths.items():
         if path.name!='__init__.py' and name not in written: yield f'{name}:1: no notebook writes this module'
     for name in sorted({f'{o.rpartition("/")[0]}/__init__.py' for o in paths} - {f'{lib}/__init__.py'}):
