@@ -6,10 +6,10 @@ import pytest, torch
 from fastai.optimizer import Adam
 from torch import nn
 
-from fastreid_nb.train.core import FusedAdam, reid_adam
+from fastreid_nb.train.core import reid_adam
 
 loop = partial(Adam, eps=1e-8, sqr_mom=.999, decouple_wd=False)
-makers = dict(fused=partial(reid_adam, fused=True), foreach=partial(FusedAdam, foreach=True))
+makers = dict(fused=partial(reid_adam, fused=True))
 
 def net():
     torch.manual_seed(0)

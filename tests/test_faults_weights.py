@@ -396,7 +396,9 @@ def test_weights_of_another_kind(dtype, tmp_path, sd):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_load(dtype, tmp_path, sd):
-    quiet(write(tmp_path/'h.pth', {k:v.to(dtype) if v.is_floating_point() else v for k,v in sd.items()}))
+    file = {k:v.to(dtype) if v.is_floating_point() else v for k,v in sd.items()}
+    got = quiet(write(tmp_path/'h.pth', file)).backbone.state_dict()
+    assert all(torch.equal(v, file[k].to(v.dtype)) for k,v in got.items()) and got['conv1.weight'].dtype==torch.float32
 
 def wrapped_inside(model):
     model.backbone = nn.DataParallel(model.backbone)

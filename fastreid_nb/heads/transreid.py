@@ -96,6 +96,6 @@ def detect_transreid(state):
     net,body = found
     n_pids = len(state['classifier.weight']) if 'classifier.weight' in state else 0
     rest = {_our_name(k):v for k,v in state.items() if not k.startswith('base.')}
-    variant = net.keywords.get('variant', net.keywords.get('size'))
+    variant = net.keywords['variant']
     make = partial(transreid, variant=variant, n_pids=n_pids, n_cams=net.keywords['n_cams'])
     return make, {f'backbone.{k}':v for k,v in body.items()}|rest

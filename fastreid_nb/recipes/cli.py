@@ -239,7 +239,7 @@ def reid_eval(
     model = open_model(checkpoint, backbone, size).to(device)
     data = read_data(path, regex, test_frac, seed).check(skip_bad, progress=has_screen())
     _say(data)
-    dtype = _precisions[precision] or best_dtype(device)
+    dtype = _precisions[precision] or best_dtype(device, training=False)
     _leave(evaluate_data(model, data, num_workers=workers, dtype=dtype), out)
 
 # %% ../../nbs/15a_recipes.cli.ipynb #fcaafe36

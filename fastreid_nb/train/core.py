@@ -203,19 +203,6 @@ class FiniteLoss(Callback):
 # %% ../../nbs/06_train.ipynb #1e8159f4
 class FusedAdam(OptimWrapper):
     "torch's Adam as a fastai optimiser: L2 weight decay, and gradients that become zero instead of going away, as in fastai's"
-    def __init__(self,
-        params, # Lists of parameters, as a fastai splitter gives them
-        lr:float, # Learning rate
-        mom:float=.9, # Share kept of the average gradient, in [0,1)
-        sqr_mom:float=.999, # Share kept of the average squared gradient, in [0,1)
-        eps:float=1e-8, # Added to the root of that average
-        wd:float=5e-4, # L2 weight decay, added to the gradient
-        **kwargs, # Other options of torch's Adam, such as fused=True
-    ):
-        groups = [list(o) for o in params] if isinstance(params[0], (L,list)) else [list(params)]
-        opt = torch.optim.Adam([dict(params=o) for o in groups], lr=lr, betas=(mom,sqr_mom), eps=eps, weight_decay=wd, **kwargs)
-        super().__init__(opt=opt)
-
     def step(self):
         if any('do_wd' in o for o in self.state.values()): raise ValueError('this optimiser decays every parameter, and '
             'the learner wants no decay on norms and biases: give the learner wd_bn_bias=True, or reid_adam fused=False')
@@ -237,8 +224,9 @@ def reid_adam(
     params = list(params)
     lists = params if isinstance(params[0], (L,list)) else [params]
     if fused is None: fused = all(p.is_cuda for o in lists for p in o)
-    options = dict(lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
-    return FusedAdam(params, fused=True, **options) if fused else Adam(params, decouple_wd=False, **options)
+    if not fused: return Adam(params, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, decouple_wd=False)
+    groups = [dict(params=list(o)) for o in lists]
+    return FusedAdam(opt=torch.optim.Adam(groups, lr=lr, betas=(mom,sqr_mom), eps=eps, weight_decay=wd, fused=True))
 
 # %% ../../nbs/06_train.ipynb #0ed659af
 reid_cbs = [PlainTensors, EpochSeed, PassCamera, SkipValidLoss, FiniteLoss] # Callbacks of every learner, besides the scores
