@@ -149,7 +149,7 @@ class ReIDResult:
     metric:str # Name of the distance
     n_removed:int # Gallery images removed by the protocol, summed over queries
     max_rank:int # Length of `cmc`
-    shots:np.ndarray=None # Rank in each single-shot gallery, (Q,n) from 1; None if rank-k is over the whole gallery
+    shots:np.ndarray=None # Rank in each single-shot gallery, (Q,n) from 1; None without such galleries
     notes:list=field(default_factory=list) # Why the scores may mean little; sentences
 
     used = property(lambda self: self.why=='')
@@ -178,7 +178,7 @@ def to_dict(self:ReIDResult)->dict: # Numbers and text only; scores in [0,1]
     return dict(mAP=self.mAP, mINP=self.mINP, **ranks, **counts, protocol=str(self.protocol), metric=self.metric)
 
 @patch
-def to_df(self:ReIDResult)->pd.DataFrame: # The query table with the columns `ap`, `inp`, `first_match` and `dropped`
+def to_df(self:ReIDResult)->pd.DataFrame: # Query table with columns `ap`, `inp`, `first_match`, `dropped`
     "Scores query by query"
     return self.q.assign(ap=self.ap, inp=self.inp, first_match=self.first_match, dropped=self.why)
 
@@ -239,7 +239,7 @@ def _blank(q, g, why, protocol, metric, max_rank):
 
 # %% ../../nbs/07_eval.ipynb #8a79ed1f
 def _n_present(q, g, q_src, g_src):
-    "How many queries are images of the gallery that the protocol does not remove; of tables without paths, the same table"
+    "How many queries are kept images of the gallery: by path, or all of them if both are the same table"
     if 'path' not in q or 'path' not in g: return int((q_src!=g_src).sum()) if q.equals(g) else 0
     keys = ['path', *(o for o in ('x','y','w','h') if o in q and o in g)]
     sides = (o[keys].astype(str).assign(source=s, row=range(len(o))) for o,s in ((q,q_src), (g,g_src)))
@@ -253,8 +253,8 @@ def _notes(res, n_present, n_equal):
         found.append('there is one identity only, so every list is right whatever the distances')
     if n_equal: found.append(f'{n_equal} of {res.n_used} queries are equally far from all images, so the list is the '
         'gallery in its own order: did the model collapse?')
-    if n_present: found.append(f'{n_present} of {res.n_queries} queries are in the gallery too and find themselves: use '
-        "protocol='leave_one_out', or other images")
+    if n_present: found.append(f'{n_present} of {res.n_queries} queries are in the gallery too and find themselves: '
+        "use protocol='leave_one_out', or other images")
     return found
 
 def _n_equal(d):
@@ -265,10 +265,10 @@ def _n_equal(d):
 
 # %% ../../nbs/07_eval.ipynb #280022ea
 def rank_dist(
-    dist:torch.Tensor|Callable, # Distances (Q,G), smaller is closer; or a function: positions of queries → rows
-    q:pd.DataFrame, # Q rows with `pid` and, if known, `camid` and `path`; `Features` or a dict of columns will do
+    dist:torch.Tensor|Callable, # (Q,G), smaller is closer; or a function: positions of queries → rows
+    q:pd.DataFrame, # Q rows with `pid`, usually `camid` and `path`; or `Features`, or a dict
     g:pd.DataFrame, # G rows, likewise
-    protocol:str|Protocol=None, # A name in `protocols` or your own; else that of the features, else `choose_protocol`
+    protocol:str|Protocol=None, # Name or your own; else that of the features, else `choose_protocol`
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
     metric:str='given', # Name of the distance, for the table
@@ -309,7 +309,7 @@ def _weighted_sum(dists, weights):
 def sum_dists(
     dists:list, # Distances (Q,G), or functions from positions of queries to their rows
     weights:list=None, # One number each; equal by default, scaled to sum to 1
-)->torch.Tensor|Callable: # Their weighted mean, on the GPU if any of them is there: a function if any of them is one
+)->torch.Tensor|Callable: # Their weighted mean; a function if any of `dists` is one
     "Several distances as one, for `rank_dist`"
     weights = [1]*len(dists) if weights is None else list(weights)
     if not dists or len(dists)!=len(weights) or not sum(weights)>0 or not all(0<=w<np.inf for w in weights):

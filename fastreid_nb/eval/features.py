@@ -161,7 +161,7 @@ def evaluate(
     q:Features, # Queries
     g:Features, # Gallery
     dist:Callable=cosine_dist, # (Q,D),(G,D) → (Q,G), smaller is closer
-    protocol:str|Protocol=None, # A name in `protocols` or your own; else that of the features, else `choose_protocol`
+    protocol:str|Protocol=None, # Name or your own; else that of the features, else `choose_protocol`
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
     device:str|torch.device=None, # Where to compute; by default where the features are
@@ -175,8 +175,8 @@ def evaluate(
 # %% ../../nbs/07a_eval.features.ipynb #7a179159
 @patch
 def pool(self:Features,
-    by:list=('dsetid','pid','camid','trackid'), # Columns; rows that agree in those of them the table has become one
-)->Features: # A row per group, with the columns of its first row and `n_pooled`, its number of rows; same protocol
+    by:list=('dsetid','pid','camid','trackid'), # Columns; rows that agree in them become one
+)->Features: # A row per group: the columns of its first row, and `n_pooled`, its number of rows
     "Mean of the unit vectors of every group of rows"
     cols = [c for c in by if c in self.df]
     if not cols:

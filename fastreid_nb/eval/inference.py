@@ -105,7 +105,7 @@ def preproc_of(model, preproc):
 # %% ../../nbs/07c_eval.inference.ipynb #2abf7966
 def path_batches(paths, preproc, bs, num_workers, device):
     "Batches (B,3,H,W) in [0,1] of many files, read several at a time, in order"
-    if num_workers is None and len(paths)<=1000: num_workers = 0   # threads: processes would take longer to start
+    if num_workers is None and len(paths)<=1000: num_workers = 0   # threads: processes start slowly
     df = pd.DataFrame(dict(path=[str(o) for o in paths], pid=0, camid=0))
     return (batch[0] for batch in plain_dl(df, preproc, bs, num_workers, device))
 
@@ -121,7 +121,7 @@ def read_batches(imgs, preproc, bs, num_workers, device):
 # %% ../../nbs/07c_eval.inference.ipynb #c1c6c9aa
 def embed(
     model:nn.Module, # (B,3,H,W) float in [0,1] → (B,D), in evaluation mode
-    imgs, # Path, PIL image, (H,W,3) array or (3,H,W) tensor, uint8 or float in [0,1]; or a list or a batch of them
+    imgs, # Path, PIL image, (H,W,3) array or (3,H,W) tensor, uint8 or float in [0,1]; or several
     preproc:Preproc=None, # How images are read; by default `model.preproc`
     bs:int=64, # Images in a batch
     normalize:bool=True, # Scale every row to length 1?

@@ -32,7 +32,7 @@ def plot(self:ReIDResult,
     right.hist(self.ap[self.used], bins=20, range=(0,1), color=_blue, alpha=.6)
     right.axvline(self.mAP, color='k', ls='--', label=f'mAP {self.mAP:.3f}')
     right.set(xlabel='average precision', ylabel='queries', title=f'{self.n_used} queries')
-    right.legend()
+    right.legend(loc='upper center')
     return fig
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #150bd938
@@ -115,7 +115,7 @@ def _draw(ax, panel):
     ax.imshow(panel.im)
     ax.set(xticks=[], yticks=[])
     for o in ax.spines.values(): o.set(color=panel.color, linewidth=2.5)
-    text = dict(fontsize=8, family='DejaVu Sans', parse_math=False)   # a font that has ✓ and ✗; a name with $ is no formula
+    text = dict(fontsize=8, family='DejaVu Sans', parse_math=False)   # has ✓ and ✗; a name with $ is no formula
     ax.set_title(panel.above, pad=4, **text)
     ax.set_xlabel(panel.below, labelpad=4, color=panel.color, **text)
 
@@ -123,11 +123,11 @@ def _draw(ax, panel):
 @patch
 def show_ranks(self:ReIDResult,
     n:int=3, # Queries, one row each
-    order:str|list='mixed', # 'mixed' (evenly, worst to best), 'worst', 'median', 'best', 'random'; or query rows
+    order:str|list='mixed', # 'mixed' (worst to best), 'worst', 'median', 'best', 'random'; or query rows
     k:int=10, # Gallery images per query
     seed:int=0, # For `order='random'`
     save:str|Path=None, # File to write the figure to as well, such as `ranked_list.png`
-    width:float=None, # Inches; by default 8, or more to keep every image 0.6 wide. The height follows from the images
+    width:float=None, # Inches; by default 8, or more to keep every image 0.6 wide
 )->plt.Figure: # One row of axes per query
     "Ranked lists: the query in blue, then its nearest gallery images, right in green with ✓, wrong in red with ✗"
     if 'path' not in self.q or 'path' not in self.g:
