@@ -36,7 +36,7 @@ class Ensemble(nn.Module):
     def __init__(self,
         models:list, # `ReIDModel`s
         weights:list=None, # One positive number each; equal by default, scaled to sum to 1
-        sizes:list=None, # (height, width) of each model's images, None for what comes; by default that of its `preproc`
+        sizes:list=None, # (height, width) for each, None for what comes; by default of its `preproc`
     ):
         super().__init__()
         weights = [1]*len(models) if weights is None else weights

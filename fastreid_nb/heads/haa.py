@@ -180,7 +180,7 @@ def haa(
     backbone:callable=resnet50, # Network of the whole image: gives a module with `n_feat`, or such a module
     n_pids:int=0, # Number of training identities, 0 to search only
     shoulder:callable=None, # Network of head and shoulders, in the same form; by default a copy of `backbone`
-    size:tuple=None, # (height, width) to which head and shoulders are enlarged, pixels; by default that of the image
+    size:tuple=None, # (height, width) of the enlarged region, pixels; by default that of the image
     n_strips:int=3, # Strips of the head-shoulder map
     n_global:int=1536, # Size of the global feature
     n_strip:int=512, # Size of each strip's feature
@@ -204,7 +204,7 @@ class BlackLoss:
     def __init__(self,
         model:HAA, # Whose last batch is judged
         threshold:float=.75, # `darkness` above which an image counts as black, in (0,1)
-        black:torch.Tensor=None, # Does each training identity wear black? (n_pids,) bool; by default the image decides
+        black:torch.Tensor=None, # Does an identity wear black? (n_pids,) bool; by default the image decides
         weight:float=1/6, # Weight in a sum of terms
     ):
         if not isinstance(model, HAA):

@@ -25,8 +25,8 @@ from .core import BNNeckHead, ReIDOut
 # %% ../../nbs/04a_heads.model.ipynb #e93532ed
 def backbone_preproc(net):
     "How images are read for a backbone: as its attributes say, else as `Preproc` has it"
-    said = dict(size=getattr(net, 'img_size', None), resample=getattr(net, 'resample', None), mean=getattr(net, 'mean', None),
-        std=getattr(net, 'std', None))
+    names = dict(size='img_size', resample='resample', mean='mean', std='std')
+    said = {k:getattr(net, v, None) for k,v in names.items()}
     return Preproc(**{k:v for k,v in said.items() if v is not None})
 
 # %% ../../nbs/04a_heads.model.ipynb #15844f66
@@ -61,8 +61,8 @@ class ReIDModel(nn.Module):
 # %% ../../nbs/04a_heads.model.ipynb #145f89a7
 def check_images(x, n, least):
     "Refuse what cannot be a batch of images with `n` channels and at least `least` pixels in height and width"
-    if not isinstance(x, torch.Tensor): raise ValueError(
-        f'expected a non-empty batch of images (B,{n},H,W) as a tensor, got {type(x).__name__}: `embed` takes other forms')
+    if not isinstance(x, torch.Tensor): raise ValueError(f'expected a non-empty batch of images (B,{n},H,W) '
+        f'as a tensor, got {type(x).__name__}: `embed` takes other forms')
     fits = x.ndim==4 and x.shape[0] and x.shape[1]==n and min(x.shape[2:])>=least and x.is_floating_point()
     if not fits: raise ValueError(f'expected a non-empty batch of images (B,{n},H,W), float in [0,1], '
         f'H and W at least {least}; got shape {tuple(x.shape)} of {x.dtype}')
@@ -181,9 +181,9 @@ def _describe(piece):
 
 # %% ../../nbs/04a_heads.model.ipynb #ac0678f9
 def reid_model(
-    backbone:str|Callable=resnet50, # Function or class giving a module with `n_feat`, such a module, or 'timm/NAME'
+    backbone:str|Callable=resnet50, # Gives a module with `n_feat`; or such a module, or 'timm/NAME'
     n_pids:int=0, # Number of training identities, 0 to search only
-    pool:callable=None, # Gives a module (B,C,h,w) to (B,C); by default `GeM`, or `GlobalAvgPool` for a `signed_map`
+    pool:callable=None, # Gives a module (B,C,h,w) to (B,C); by default `GeM` or `GlobalAvgPool`
     head:callable=BNNeckHead, # Takes (n_feat, n_pids) and gives a module (B,C) to `ReIDOut`, or such a module
     preproc:Preproc=None, # How images are read; by default as attributes of the backbone say
     test_on:str='emb', # What evaluation gives: 'emb', 'feat' or 'logits'

@@ -40,7 +40,7 @@ class StripePool(nn.Module):
 
 # %% ../../nbs/04c_heads.parts.ipynb #03f947da
 class RefinedPool(nn.Module):
-    "Weighted means of a feature map: a classifier says how much each place belongs to each part"
+    "Weighted means of a feature map: a classifier says how much each position belongs to each part"
     def __init__(self,
         n_feat:int, # Channels C of the map
         n_parts:int=6, # Number of parts
@@ -50,7 +50,7 @@ class RefinedPool(nn.Module):
 
     def shares(self,
         fmap:torch.Tensor, # Feature map, (B,C,h,w)
-    )->torch.Tensor: # How much each place belongs to each part, (B,n_parts,h,w), adding up to 1 over the parts
+    )->torch.Tensor: # Share of each part in each position, (B,n_parts,h,w), sum 1 over the parts
         "Probabilities of the part classifier"
         return full_precision(self.classify(fmap)).softmax(1)
 
@@ -91,7 +91,7 @@ def pcb(
     n_pids:int=0, # Number of training identities, 0 to search only
     n_parts:int=6, # Number of parts
     n_emb:int=256, # Values per part; the embedding has `n_parts` times as many
-    refined:bool=False, # Learn which place belongs to which part?
+    refined:bool=False, # Learn which position belongs to which part?
     feat:str='neck', # What a metric loss sees: values after the 'neck', or those of the 'pool'
     cosine:bool=False, # Logits as cosines?
     preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say

@@ -16,7 +16,7 @@ from torch import nn
 from .model import ReIDModel, _describe, reid_model
 
 # %% ../../nbs/04b_heads.rebuild.ipynb #613f28db
-_dotted = re.compile(r'(?:fastreid_nb(?:\.\w+)+\.)?([A-Za-z]\w*)') # Files of version 0.0.1 name the module too
+_dotted = re.compile(r'(?:fastreid_nb(?:\.\w+)+\.)?([A-Za-z]\w*)') # Version 0.0.1 names the module too
 # Public name of version 0.0.1 to the present one
 _old_names = dict(AvgPool='GlobalAvgPool', MaxPool='GlobalMaxPool', from_timm_name='timm_backbone',
     mobilenet_v2='mobilenetv2', mobilenet_v3='mobilenetv3', shufflenet_v2='shufflenetv2',

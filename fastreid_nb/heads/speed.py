@@ -22,7 +22,7 @@ from .model import plain_tensor
 class Speed:
     "How a network is run: the precision of autocast, and the order of a map's numbers in memory"
     dtype:torch.dtype=torch.float32 # float32, bfloat16 or float16
-    memory_format:torch.memory_format=torch.channels_last # channels_last, or contiguous_format for channels first
+    memory_format:torch.memory_format=torch.channels_last # or contiguous_format: channels first
 
     def autocast(self,
         device:str|torch.device, # Where the network is
@@ -128,7 +128,8 @@ def _fastest(kind, training):
     best = quickest(times, .25)
     ratio = min(times[Speed(torch.float32, torch.contiguous_format)])/min(times[best])
     what = 'Training' if training else 'Inference'
-    print(f'{what} on this {kind} in {best}: {ratio:.1f} × float32, channels first (measured on a block of convolutions).')
+    how = 'measured on a block of convolutions'
+    print(f'{what} on this {kind} in {best}: {ratio:.1f} × float32, channels first ({how}).')
     return best
 
 # %% ../../nbs/04i_heads.speed.ipynb #fac11f4a
@@ -187,14 +188,15 @@ def _tell(best, times, n, device):
     usual = next(o for o in times if o.speed.dtype==torch.float32)
     ratio = min(times[usual])/min(times[best])
     how = f'{best.speed}{", compiled" if best.compiled else ""}'
-    print(f'Inference in {how}: {n/min(times[best]):.0f} images/s on this {device.type}, {ratio:.1f} × float32, channels last (measured).')
+    rate = f'{n/min(times[best]):.0f} images/s on this {device.type}'
+    print(f'Inference in {how}: {rate}, {ratio:.1f} × float32, channels last (measured).')
 
 # %% ../../nbs/04i_heads.speed.ipynb #690b0a71
 def fastest_model(
     model:nn.Module, # (B,3,H,W) float in [0,1] to (B,D); it is left as it is
     xb:torch.Tensor, # A batch of the size to be used later, (B,3,H,W), on the device of the model
     *cams, # Its cameras, (B,) int64; only for a model with `n_cams`
-    compile:bool=False, # Try torch.compile too? It takes a minute or more, and pays for many batches of one size
+    compile:bool=False, # Try torch.compile too? It takes a minute, and pays for many batches of one size
     budget:float=5., # Seconds of measuring, besides compiling; each way runs four times in any case
 )->nn.Module: # To be used instead of `model`, in evaluation
     "Measure which precision and memory layout run a model fastest on one batch"

@@ -68,7 +68,7 @@ def transreid(
     n_views:int=0, # Viewpoints with an embedding; 0: none
     sie_weight:float=3., # Weight of that embedding
     shift:int=4, # Patches that move from the front to the end: 4 for people, 7 for vehicles
-    preproc:Preproc=None, # How images are read; by default of `img_size`, with a mean and standard deviation of a half
+    preproc:Preproc=None, # How images are read; by default of `img_size`, mean and std a half
     test_on:str='feat', # What evaluation joins: 'feat' before the necks (published) or 'emb' after them
     *,
     pretrained:bool|str|Path=False, # ImageNet weights of the transformer, as in `vit`
