@@ -64,7 +64,7 @@ _foreign = {r'_conv_stem\.|_blocks\.':f'efficientnet_pytorch, which {_other}',
 
 def detect_backbone(
     state:dict, # Name to tensor, of the backbone alone and without a prefix
-)->tuple: # `(make, state, strided)`: what builds it, the state under its names, does fast-reid's LAST_STRIDE apply
+)->tuple: # `(make, state, strided)`: builder, state under its names, is LAST_STRIDE an option
     "Find the network that the weights of a backbone belong to"
     for detect,strided in _detectors.items():
         if found := detect(state): return *found, strided
@@ -201,7 +201,7 @@ def _parent_config(cfg, path, seen):
 def read_config(
     path:str|Path, # fast-reid's config.yaml
     seen:tuple=(), # Configs that led to this one
-)->dict: # Those of `last_stride`, `pool`, `size`, `mean`, `std`, `cosine`, and of `network`, `ibn`, `se` that it sets
+)->dict: # What it sets of `last_stride pool size mean std cosine network ibn se`
     "What a config of fast-reid says about the things that its file of weights cannot, and about its network"
     path = Path(path)
     cfg = _read_yaml(path)

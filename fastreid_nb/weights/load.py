@@ -23,8 +23,8 @@ from ..heads.model import ReIDModel, reid_model
 from ..heads.parts import detect_mgn
 from ..heads.transreid import detect_transreid
 from ..train.checkpoint import is_ours, load_reid
-from .core import (Call, WeightsOrigin, check_config, detect_backbone, era_options, our_head, pool_names,
-    read_config, settle, side_options, usual_settings, vit_options)
+from .core import (Call, WeightsOrigin, check_config, detect_backbone, era_options, our_head,
+    pool_names, read_config, settle, side_options, usual_settings, vit_options)
 
 # %% ../../nbs/13a_weights.load.ipynb #c5c94ba4
 _bare = 'imagenet','timm','another project' # Files whose head, if there is one, is left out
@@ -74,7 +74,7 @@ class Spec:
     n_pids:int = 0 # Identities of the classifier
     test_on:str = 'emb' # What evaluation gives
     images:dict = field(default_factory=dict) # Fields of `Preproc`
-    given:tuple = () # Those of them that the caller gave; of the others, a backbone of the caller's may know better
+    given:tuple = () # Those of them that the caller gave; the others a backbone may know better
     own:bool = False # Did the backbone come from the caller?
     keep_rows:bool = True # Keep the file's classifier?
 
@@ -207,7 +207,7 @@ _reasons = {r'(heads\.)?classifier(_\d)?\.bias':'our classifiers have no bias',
     r'(head\.)(.*\.)?classifier\.weight':'classifier of other identities'}
 
 def _reason(name, model):
-    "Why an entry has no place in a model"
+    "Why a model does not have an entry; nothing if there is no reason"
     ignore = tuple(f'backbone.{o}' for o in getattr(model.backbone, 'ignore', ()))
     if ignore and name.startswith(ignore): return 'classifier of ImageNet'
     return next((why for p,why in _reasons.items() if re.fullmatch(p, name)), leftover(name))
@@ -219,7 +219,7 @@ def leave_out(
     ignore:tuple, # Beginnings of names in the file that the caller leaves out
     origin:WeightsOrigin, # Where the reasons are written down
 ):
-    "Take the entries without a place out of a spec, with their reasons"
+    "Take the entries that the model does not have out of a spec, with their reasons"
     own = model.state_dict()
     for k,v in list(spec.state.items()):
         name = names.get(id(v), k)
@@ -318,9 +318,9 @@ def _foreign(file, given):
 # %% ../../nbs/13a_weights.load.ipynb #af271282
 def load_pretrained(
     path:str|Path, # File of weights, as its authors published it
-    config:str|Path|dict=None, # Config of fast-reid, or what `read_config` gives; None: that beside the file; {}: none
-    backbone:str|Callable=None, # Function or 'timm/NAME' that gives the backbone, if it is none that is recognised
-    n_pids:int=None, # Identities of a new classifier in place of the file's; 0 for none
+    config:str|Path|dict=None, # Of fast-reid, or from `read_config`; None: that beside the file; {}: none
+    backbone:str|Callable=None, # Function or 'timm/NAME' for a backbone that is not recognised
+    n_pids:int=None, # Identities of a new classifier instead of the file's; 0 for none
     size:tuple=None, # (height, width) of its images, pixels
     last_stride:int=None, # Stride of the last stage
     pool:str|Callable=None, # Pooling: fast-reid's name for it, or a function that makes one
@@ -330,7 +330,7 @@ def load_pretrained(
     stem_pool:str=None, # First max pooling: 'pad' or 'ceil'
     dilation:bool=None, # Dilated last stage, in a ResNeSt?
     resample:str=None, # How its images are resized: 'bicubic' or 'bilinear'
-    options:dict=None, # Further options of the network, such as `stride`, `n_cams` and `n_views` of a transformer
+    options:dict=None, # More options of the network, such as `stride` and `n_cams` of a transformer
     entry:str='', # Which of several networks in the file: a dictionary in it, or the beginning of the names
     ignore:tuple=(), # Beginnings of names in the file that are left out
     verbose:bool=True, # Print `origin`?
