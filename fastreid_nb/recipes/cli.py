@@ -116,8 +116,8 @@ def find_network(
     name,_,variant = spec.partition(':')
     if spec.startswith('timm/'): return partial(timmnets.timm_backbone, timmnets.timm_name(spec), img_size=size)
     nets = networks()
-    if name not in nets: raise ValueError(f'backbone {spec!r}: expected one of {", ".join(nets)}, with a variant behind '
-        'it if you like (osnet:ain), or timm/NAME (option --backbone)')
+    if name not in nets: raise ValueError(f'backbone {spec!r}: expected one of {", ".join(nets)}, with a variant '
+        'behind it if you like (osnet:ain), or timm/NAME (option --backbone)')
     params = list(inspect.signature(nets[name]).parameters)
     kw = dict(img_size=size) if 'img_size' in params else {}
     if variant and params[0] not in ('variant','width'): raise ValueError(f'{name} has no variants, got {spec!r}')
@@ -161,7 +161,7 @@ def with_classes(
 )->ReIDModel: # The same network with new classifiers
     "The same model for other identities: everything is kept but the classifiers"
     recipe = deepcopy(model.recipe)
-    if recipe is None: raise ValueError('this model does not say how it was built, so it cannot be trained on from here')
+    if recipe is None: raise ValueError('this model does not say how it was built, so it cannot be trained further')
     (recipe['model']['kw'] if 'model' in recipe else recipe)['n_pids'] = n_pids
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -190,9 +190,9 @@ def start_model(
     return preproc, lambda n: dict(backbone=make, seed=seed)
 
 def reid_train(
-    path:str, # CSV file (columns path, pid; optional camid, split), Market-1501 folder, or folder of identity folders
-    backbone:str='', # Network such as resnet18_ibn, osnet:ain or timm/NAME; by default resnet50, or that of a file
-    weights:str='imagenet', # Starting weights: imagenet (downloaded once), none (from scratch), or a file of any form
+    path:str, # CSV file (path, pid; optional camid, split), Market-1501 folder, or identity folders
+    backbone:str='', # Network such as osnet:ain or timm/NAME; by default resnet50, or that of a file
+    weights:str='imagenet', # Starting weights: imagenet (downloaded), none (from scratch), or a file
     epochs:int=60, # Epochs
     lr:float=3.5e-4, # Highest learning rate
     freeze_iters:int=0, # Iterations for which the backbone is left alone
@@ -221,8 +221,8 @@ def reid_train(
 
 # %% ../../nbs/15a_recipes.cli.ipynb #efb47e0a
 def reid_eval(
-    checkpoint:str, # Written by `reid demo`, `reid train` or `save_reid`; or a file of weights of any other form
-    path:str, # CSV file (columns path, pid; optional camid, split), Market-1501 folder, or folder of identity folders
+    checkpoint:str, # Written by `reid demo`, `reid train` or `save_reid`; or any file of weights
+    path:str, # CSV file (path, pid; optional camid, split), Market-1501 folder, or identity folders
     backbone:str='', # Network, as for `reid train`, if the file does not tell
     size:str='', # Height x width of the network's input, pixels; by default as the file says
     regex:str='', # For file names, with groups pid and camid; by default one folder per identity
@@ -244,7 +244,7 @@ def reid_eval(
 
 # %% ../../nbs/15a_recipes.cli.ipynb #fcaafe36
 def reid_doctor(
-    path:str, # CSV file (columns path, pid; optional camid, split), Market-1501 folder, or folder of identity folders
+    path:str, # CSV file (path, pid; optional camid, split), Market-1501 folder, or identity folders
     csv:str='', # File to write every finding to, one row each
     regex:str='', # For file names, with groups pid and camid; by default one folder per identity
     test_frac:float=.3, # Share of identities for testing when the data has no split, in [0,1]
@@ -298,7 +298,7 @@ def _obey(name, args):
 # %% ../../nbs/15a_recipes.cli.ipynb #e7d70ca8
 def reid_main(
     argv:list=None, # Words after `reid`; by default those of the command line
-)->int: # Exit status: that of the command or 0, 1 after an error, 2 for a wrong call, 130 after Ctrl-C, 143 after SIGTERM
+)->int: # Exit status: that of the command or 0; 1 error, 2 wrong call, 130 Ctrl-C, 143 SIGTERM
     "The command `reid`"
     name,*rest = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name in ('-h','--help'): return _say(_usage()) or 0

@@ -152,7 +152,7 @@ class Signals:
 
     def _listen(self, number):
         if number is None or signal.getsignal(number)==signal.SIG_IGN: return   # as under nohup
-        with suppress(ValueError): self.was[number] = signal.signal(number, self._hear)   # only the main thread may
+        with suppress(ValueError): self.was[number] = signal.signal(number, self._hear)   # main thread only
 
     def _hear(self, number, frame):
         if os.getpid()!=self.owner and number!=signal.SIGINT: os._exit(128+number)   # a copy of this process
@@ -161,7 +161,7 @@ class Signals:
         raise KeyboardInterrupt
 
     def _lost(self, what):
-        if not issubclass(what.exc_type, KeyboardInterrupt): self.hook(what)   # `HeedSignals` raises that one again
+        if not issubclass(what.exc_type, KeyboardInterrupt): self.hook(what)   # `HeedSignals` raises it
 
     def __exit__(self, *args):
         sys.unraisablehook = self.hook
