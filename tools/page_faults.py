@@ -1,7 +1,6 @@
 "What spoils reading, found in the pages that check_docs.py renders"
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from fastreid_nb._site import nbs, public_names, sidebar
 
 most_columns = 90 # Of a line in an example
@@ -62,7 +61,6 @@ def long_lines(pages, outlines):
 def wrong_next(pages, outlines):
     "Pages whose line Next leads elsewhere than the sidebar"
     order = [o.file for o in sidebar()]
-    names = {o.file:o for o in sidebar()}
     for page in pages.values():
         i = order.index(page.src) if page.src in order else None
         if i is None: yield f'{page.src}: not in the sidebar of _quarto.yml'
