@@ -80,7 +80,7 @@ def next_line(page, pages):
 ## Source
 
 most_open = 25 # Lines of an exported cell that is shown open
-nbdev_only = re.compile(r'^\s*#\|\s*(export|exporti|exports)\s*$', flags=re.MULTILINE)
+nbdev_only = re.compile(r'^\s*#\|\s*(export|exporti|exports)(: true)?\s*$', flags=re.MULTILINE)
 
 def defined(cell):
     "Functions and classes that a cell defines"
@@ -92,8 +92,8 @@ def n_lines(cell): return sum(bool(o.strip()) and not o.startswith('#|') for o i
 
 def is_open(cell):
     "Is a cell shown at once? Short definitions are, imports and long ones wait behind a line; `code-fold` decides otherwise"
-    fold = cell.directives_.get('code-fold:', cell.directives_.get('code-fold', ''))
-    return fold.lower()=='false' if fold else bool(defined(cell)) and n_lines(cell)<=most_open
+    if 'code-fold' in cell.directives_: return cell.directives_['code-fold']=='false'
+    return bool(defined(cell)) and n_lines(cell)<=most_open
 
 def summary(cell):
     "The line behind which a cell waits"
@@ -148,7 +148,9 @@ class LinkNotebooks(Processor):
 def type_name(x):
     "A type as one would say it"
     if x is inspect.Parameter.empty: return ''
-    return x if isinstance(x, str) else getattr(x, '__name__', None) if isinstance(x, type) else str(x).replace('typing.', '')
+    if isinstance(x, str): return x
+    is_plain = hasattr(x, '__name__') and not hasattr(x, '__origin__') # not list[int]
+    return x.__name__ if is_plain else str(x).replace('typing.', '')
 
 def default_name(x):
     "A default as one would write it"
