@@ -106,6 +106,10 @@ def heading(text):
     "What remains of an API block whose source is open: its name, and the link to its module"
     return re.search(r'\A.*?^#+ .*?$', text, flags=re.DOTALL|re.MULTILINE)[0]
 
+def markdown_of(cell):
+    "The outputs of a cell that are Markdown"
+    return [o.data for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]
+
 class ShowSource(Processor):
     "Show exported cells, below the headings of what they define, and drop hidden cells"
     def begin(self):
@@ -115,6 +119,7 @@ class ShowSource(Processor):
             blocks = []
             while cells and getattr(cells[0], 'has_sd', False): blocks.insert(0, cells.pop(0))
             res += [*blocks, cell]
+            for o in blocks: self.name(o)
             if not self.is_library(cell): continue
             if is_open(cell): self.shorten(blocks)
             self.dress(cell)
@@ -124,9 +129,13 @@ class ShowSource(Processor):
     def is_library(self, cell):
         return cell.cell_type=='code' and bool({'export','exporti','exports'} & cell.directives_.keys())
 
+    def name(self, block):
+        "Call a method by its class in the heading: one that was added to several classes does not know whose it is"
+        said = re.search(r'show_doc\((.*)\)', block.source)[1]
+        for data in markdown_of(block): data['text/markdown'] = re.sub(r'^(#+ ).*', rf'\1{said}', ''.join(data['text/markdown']), count=1, flags=re.MULTILINE)
+
     def shorten(self, blocks):
-        for data in (o.data for b in blocks for o in b.get('outputs', []) if 'text/markdown' in o.get('data', {})):
-            data['text/markdown'] = heading(''.join(data['text/markdown']))
+        for data in (o for b in blocks for o in markdown_of(b)): data['text/markdown'] = heading(''.join(data['text/markdown']))
 
     def dress(self, cell):
         body = '\n'.join(o for o in nbdev_only.sub('', cell.source).splitlines() if not o.startswith('#| code-'))
