@@ -359,7 +359,7 @@ def _folder_table(path, regex, notes):
 @delegates(from_df, but=['cols','root'])
 def from_folder(
     path:str|Path, # Folder or zip archive of images
-    regex:str=None, # Searched in each path; groups `pid`, `camid`, `trackid`; by default a folder is an identity
+    regex:str=None, # Searched in each path; groups `pid`, `camid`, `trackid`; default: folders are identities
     name:str=None, # Name of the data set; by default the folder's
     **kwargs
 )->ReIDData: # Its `notes` say what was decided for you
