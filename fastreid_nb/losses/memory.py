@@ -70,7 +70,7 @@ class FeatureQueue(nn.Module):
         self.next.copy_((self.next+len(x))%self.size)
         return at
 
-# %% ../../nbs/05d_losses.memory.ipynb #65ec2ae9
+# %% ../../nbs/05d_losses.memory.ipynb #248e2901
 class QueueLoss(LossTerm):
     "The unified loss between a batch and a queue of past features, which the batch joins first"
     name = 'queue'
@@ -100,10 +100,11 @@ class QueueLoss(LossTerm):
         pids = self.queue.pids
         same = pid[:,None]==pids
         is_pos = same.scatter(1, at[:,None], False)
-        sim = F.normalize(x)@self.queue.feats.clone().T # the queue may change before the backward pass
+        feats = self.queue.feats.to(x.dtype, copy=True) # the queue changes before the backward pass
+        sim = F.normalize(x)@feats.T
         return unified_loss(sim, is_pos, ~same & (pids>=0), self.margin, self.gamma, self.circle)
 
-# %% ../../nbs/05d_losses.memory.ipynb #3c536711
+# %% ../../nbs/05d_losses.memory.ipynb #49a1d233
 class Centroids(nn.Module):
     "A unit vector for each of `n` identities or clusters, which follows their features"
     def __init__(self,
@@ -119,16 +120,13 @@ class Centroids(nn.Module):
         self.register_buffer('vecs', torch.zeros(n, n_feat))
         self.register_buffer('seen', torch.zeros(n, dtype=torch.bool))
 
-    def _target(self, x, pid):
-        "Sum of the features, (n,C), that each centroid follows, and which of them have any, (n,)"
-        weight = torch.ones_like(x[:,0])
+    def _goal(self, x, pid):
+        "What the centroid of each row follows, (B,C)"
+        same = pid[:,None]==pid
         if self.by=='hardest':
             sim = (x*self.vecs.index_select(0, pid)).sum(1)
-            least = torch.full_like(self.vecs[:,0], torch.inf).scatter_reduce(0, pid, sim, 'amin')
-            weight = (sim<=least.index_select(0, pid)).to(x.dtype)
-        tot = torch.zeros_like(self.vecs).index_add_(0, pid, x*weight[:,None])
-        n = torch.zeros_like(self.vecs[:,0]).index_add_(0, pid, weight)
-        return tot/n.clamp(min=1)[:,None],n>0
+            same &= sim<=torch.where(same, sim, torch.inf).amin(1, keepdim=True)
+        return same.to(x.dtype)@x/same.sum(1, keepdim=True)
 
     @torch.no_grad()
     def move(self,
@@ -136,10 +134,11 @@ class Centroids(nn.Module):
         pid:torch.Tensor, # Identity or cluster of each row, (B,) int64
     ):
         "Let the centroids of the batch follow its features; one seen for the first time starts there"
-        mean,now = self._target(F.normalize(x.detach()).to(self.vecs.dtype), pid)
-        keep = torch.where(self.seen, self.momentum, 0.)[:,None]
-        self.vecs.copy_(torch.where(now[:,None], F.normalize(keep*self.vecs+(1-keep)*mean), self.vecs))
-        self.seen.logical_or_(now)
+        goal = self._goal(F.normalize(x.detach()).to(self.vecs.dtype), pid)
+        keep = torch.where(self.seen.index_select(0, pid), self.momentum, 0.)[:,None]
+        # rows of one identity write the same value
+        self.vecs.index_copy_(0, pid, F.normalize(keep*self.vecs.index_select(0, pid)+(1-keep)*goal))
+        self.seen.index_fill_(0, pid, True)
 
     @torch.no_grad()
     def start(self,
@@ -156,7 +155,7 @@ class Centroids(nn.Module):
         self.seen.copy_(torch.bincount(labels[ok], minlength=len(self.vecs))>0)
         return self
 
-# %% ../../nbs/05d_losses.memory.ipynb #cab3e2eb
+# %% ../../nbs/05d_losses.memory.ipynb #5c0926f2
 class CentroidLoss(LossTerm):
     "Cross entropy over the cosines to the centroids of a memory, which then follows the batch"
     name = 'centroid'
@@ -180,7 +179,8 @@ class CentroidLoss(LossTerm):
 
     def loss(self, x, pid):
         check_labels(pid)
-        used = self.memory.seen.scatter(0, pid, True)
-        logits = F.normalize(x)@self.memory.vecs.clone().T/self.temperature # the vectors move before the backward pass
+        unseen = torch.where(self.memory.seen.index_fill(0, pid, True), 0., -torch.inf).to(x.dtype)
+        vecs = self.memory.vecs.to(x.dtype, copy=True) # they move before the backward pass
+        logits = torch.addmm(unseen, F.normalize(x)/self.temperature, vecs.T)
         self.memory.move(x, pid)
-        return F.cross_entropy(logits.masked_fill(~used, -torch.inf), pid)
+        return F.cross_entropy(logits, pid)

@@ -20,17 +20,19 @@ def sq_dists(
     x = x.detach()
     d = x if x.device.type=='mps' else x.double() # Apple's GPUs have no double precision
     sq = d.pow(2).sum(1)
-    return torch.addmm(sq[:,None]+sq, d, d.T, alpha=-2).clamp(min=0)
+    return torch.addmm(sq, d, d.T, alpha=-2).add_(sq[:,None]).clamp_(min=0)
 
 # %% ../../nbs/05b_losses.pairs.ipynb #e20c0196
 def hardest_pairs(
     x:torch.Tensor, # Features, (B,C)
     pid:torch.Tensor, # Identity of each row, (B,) int64
+    unit:bool=False, # Are they of length 1? Then 32 bits are enough to compare them
 )->tuple: # `pos`, `neg`: row numbers, (B,) int64, and `has_neg`, (B,) bool
     "For each row the farthest one of the same identity and the nearest one of another, by euclidean distance"
-    dist = sq_dists(x)
-    same = pid[:,None]==pid[None]
-    pos,neg = dist.masked_fill(~same, -1).argmax(1),dist.masked_fill(same, torch.inf).argmin(1)
+    same = pid[:,None]==pid
+    dist = -(x.detach()@x.detach().T) if unit else sq_dists(x) # in the same order as the distances
+    pos = dist.masked_fill(~same, -torch.inf).argmax(1)
+    neg = dist.masked_fill_(same, torch.inf).argmin(1)
     return pos,neg,~same.all(1)
 
 # %% ../../nbs/05b_losses.pairs.ipynb #3288c5c7
@@ -46,7 +48,7 @@ def row_dist(
 # %% ../../nbs/05b_losses.pairs.ipynb #691ab559
 def hard_dists(x, pid, squared=False, chooser=None):
     "`d_ap`, `d_an` (B,) of the hardest pairs, which `chooser` (B,D) may choose instead of `x`; and `has_neg`"
-    pos,neg,has_neg = hardest_pairs(x if chooser is None else chooser, pid)
+    pos,neg,has_neg = hardest_pairs(x if chooser is None else chooser, pid, squared)
     # index_select, because the gradient of x[i] adds up in random order
     d_ap,d_an = (row_dist(x, x.index_select(0, i), squared) for i in (pos,neg))
     return d_ap,d_an,has_neg
@@ -78,14 +80,14 @@ def batch_hard_triplet(
 class _PairDist(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        dist = sq_dists(x).sqrt().to(x.dtype).fill_diagonal_(0)
-        ctx.save_for_backward(x, dist)
+        dist = sq_dists(x).to(x.dtype).sqrt_().fill_diagonal_(0)
+        ctx.save_for_backward(x, dist.masked_fill(dist<=1e-6, torch.inf)) # equal rows get no gradient
         return dist
 
     @staticmethod
     def backward(ctx, grad):
         x,dist = ctx.saved_tensors
-        w = torch.where(dist>1e-6, grad/dist.clamp(min=1e-6), 0.)
+        w = grad/dist
         w = w+w.T
         return w.sum(1, keepdim=True)*x - w@x
 
@@ -165,10 +167,6 @@ class TripletLoss(PairTerm):
         return batch_hard_triplet(x, pid, self.margin, self.dist, None if self.chosen_on==self.on else chooser)
 
 # %% ../../nbs/05b_losses.pairs.ipynb #ec7b7c15
-def _masked_mean(x, mask):
-    "Mean of `x` where `mask` is True, 0 where it nowhere is"
-    return torch.where(mask, x, 0.).sum()/mask.sum().clamp(min=1)
-
 def contrastive_loss(
     x:torch.Tensor, # Features, (B,C), at least float32
     pid:torch.Tensor, # Identity of each row, (B,) int64
@@ -178,9 +176,9 @@ def contrastive_loss(
     "Pull pairs of one identity together, push other pairs apart"
     check_labels(pid)
     d,same = pair_dist(unit_rows(x, dist)),pid[:,None]==pid
-    push = _masked_mean((margin-d).clamp(min=0).pow(2), ~same)
-    twice = same & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
-    return (_masked_mean(d.pow(2), twice)+push)/2
+    n_pos,n_neg = same.sum()-len(x),(~same).sum() # the diagonal is 0 and does not count
+    off = torch.where(same, d, (margin-d).clamp(min=0))
+    return (off.pow(2)/torch.where(same, n_pos, n_neg).clamp(min=1)).sum()/2
 
 # %% ../../nbs/05b_losses.pairs.ipynb #e7c5cc1e
 class ContrastiveLoss(PairTerm):
