@@ -8,8 +8,7 @@ from torch import nn
 
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.augment.loaders import reid_dls
-from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
-from fastreid_nb.train.core import reid_learner
+from fastreid_nb.train.core import reid_learner, reid_loss
 from fastreid_nb.train.schedules import SchedLoss, combine_lengths, fastreid_curve, warmup_flat_cos, warmup_steps
 from golden_files import golden_files, missing
 
@@ -24,8 +23,7 @@ def dls(tmp_path_factory):
 
 @pytest.fixture
 def learn(dls):
-    loss = ReIDLoss(CrossEntropy(), TripletLoss(.3))
-    l = reid_learner(dls, TinyNet, loss=loss, dtype=torch.float32)
+    l = reid_learner(dls, TinyNet, dtype=torch.float32)
     with l.no_bar(), l.no_logging(): yield l
 
 # Golden curves: kind of file → curve of ours from the parameters of the file
@@ -165,5 +163,5 @@ def test_a_schedule_that_gives_no_number(learn):
     assert learn.loss_func.terms[1].margin==.3
 
 def test_only_the_terms_of_a_sum_have_names(dls):
-    l = reid_learner(dls, TinyNet, loss=TripletLoss(), dtype=torch.float32)
+    l = reid_learner(dls, TinyNet, loss=reid_loss().terms[1], dtype=torch.float32)
     with pytest.raises(ValueError, match='expected a ReIDLoss'), l.no_bar(), l.no_logging(): l.fit(1, cbs=SchedLoss('triplet.margin', SchedNo(1,1)))
