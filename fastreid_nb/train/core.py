@@ -31,7 +31,8 @@ from ..backbone.resnet import resnet50
 from ..heads.core import BNNeckHead
 from ..heads.model import ReIDModel, plain_tensor, reid_model
 from ..heads.speed import Speed, best_dtype, fastest
-from ..losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from ..losses.core import CrossEntropy, ReIDLoss
+from ..losses.pairs import TripletLoss
 
 # %% ../../nbs/06_train.ipynb #ac1232bd
 def check_dtype(
