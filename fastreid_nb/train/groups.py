@@ -7,14 +7,13 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.groups.html.md"""
 # %% auto #0
 __all__ = ['FreezeLayers', 'ParamGroups', 'param_table', 'reid_sgd', 'reid_adamw']
 
-# %% ../../nbs/06c_train.groups.ipynb #744b59b4
+# %% ../../nbs/06c_train.groups.ipynb #993480ab
 import difflib, fnmatch
 from collections import defaultdict
 import pandas as pd, torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastcore.basics import patch
 from torch import nn
 from ..data.files import check_number
 from .core import _body
@@ -76,7 +75,29 @@ def param_kinds(model, loss=None):
     for p in loss.parameters() if isinstance(loss, nn.Module) else []: kinds[p] = {'loss'}
     return kinds
 
-# %% ../../nbs/06c_train.groups.ipynb #d7f94ffc
+# %% ../../nbs/06c_train.groups.ipynb #872e5cfe
+def _fine(numbers, params, hypers, names):
+    "One group of parameters and its hyper-parameters, split into groups that share all numbers"
+    lr,wd = names
+    found = defaultdict(list)
+    for p in params: found[numbers(p)].append(p)
+    own = [{**hypers, lr:hypers[lr]*k, wd:hypers[wd] if o is None else o} for k,o in found]
+    return list(found.values()),own
+
+def split_groups(numbers, opt):
+    "Give `opt` finer groups by the factor and decay that `numbers` has for a parameter; what gives it the old ones back"
+    if isinstance(opt, OptimWrapper):
+        inner,was = opt.opt,opt.opt.param_groups
+        parts = [_fine(numbers, o['params'], o, ('lr','weight_decay')) for o in was]
+        inner.param_groups = [{**h, 'params':ps} for lists,own in parts for ps,h in zip(lists, own)]
+        return lambda: setattr(inner, 'param_groups', was)
+    lists,hypers = opt.param_lists,opt.hypers
+    parts = [_fine(numbers, ps, h, ('lr','wd')) for ps,h in zip(lists, hypers)]
+    opt.param_lists,opt.hypers = (type(lists)(o for part in parts for o in part[i]) for i in (0,1))
+    def back(): opt.param_lists,opt.hypers = lists,hypers
+    return back
+
+# %% ../../nbs/06c_train.groups.ipynb #6e3a4a7e
 class ParamGroups(Callback):
     "Own weight decay and learning rate for norms, biases, the head and the loss, in every step of a fit"
     order,run_valid = 70,False # right before the step: after schedules and clipping
@@ -104,42 +125,14 @@ class ParamGroups(Callback):
         wds = [o for k,o in self.wds.items() if k in kinds and o is not None]
         return lr,wds[-1] if wds else None
 
-# %% ../../nbs/06c_train.groups.ipynb #bffea41c
-def _fine(cb, params, hypers, names):
-    "One group of parameters and its numbers, split into groups that share all numbers"
-    lr,wd = names
-    found = defaultdict(list)
-    for p in params: found[cb._numbers(p)].append(p)
-    own = [{**hypers, lr:hypers[lr]*k, wd:hypers[wd] if o is None else o} for k,o in found]
-    return list(found.values()),own
+    def before_step(self): self.home = split_groups(self._numbers, self.opt)
+    def after_step(self): self.undo()
+    def after_cancel_step(self): self.undo()
 
-def _split(cb, opt):
-    "Give `opt` finer groups; what gives it the old ones back"
-    if isinstance(opt, OptimWrapper):
-        inner,was = opt.opt,opt.opt.param_groups
-        parts = [_fine(cb, o['params'], o, ('lr','weight_decay')) for o in was]
-        inner.param_groups = [{**h, 'params':ps} for lists,own in parts for ps,h in zip(lists, own)]
-        return lambda: setattr(inner, 'param_groups', was)
-    lists,hypers = opt.param_lists,opt.hypers
-    parts = [_fine(cb, ps, h, ('lr','wd')) for ps,h in zip(lists, hypers)]
-    opt.param_lists,opt.hypers = (type(lists)(o for part in parts for o in part[i]) for i in (0,1))
-    def back(): opt.param_lists,opt.hypers = lists,hypers
-    return back
-
-@patch
-def before_step(self:ParamGroups): self.home = _split(self, self.opt)
-
-@patch
-def after_step(self:ParamGroups): self.undo()
-
-@patch
-def after_cancel_step(self:ParamGroups): self.undo()
-
-@patch
-def undo(self:ParamGroups):
-    "Give the optimiser its own groups back"
-    if self.home: self.home()
-    self.home = None
+    def undo(self):
+        "Give the optimiser its own groups back"
+        if self.home: self.home()
+        self.home = None
 
 # %% ../../nbs/06c_train.groups.ipynb #0c80ad4c
 def param_table(
