@@ -51,6 +51,8 @@ from .losses.mixes import *
 from .train.core import *
 from .train.schedules import *
 from .train.checkpoint import *
+from .train.groups import *
+from .train.finetune import *
 from .eval.core import *
 from .eval.features import *
 from .eval.inference import *
