@@ -25,7 +25,9 @@ def processed(*cells):
     return nb.cells
 
 class _AttrOut(dict):
-    def __init__(self, text): super().__init__(data={'text/markdown':text}); self.data = self['data']
+    def __init__(self, text):
+        super().__init__(data={'text/markdown':text})
+        self.data = self['data']
 
 short,long = '#| export\ndef f(x): return x+1', '#| export\ndef f(x):\n' + '\n'.join(f'    x += {i}' for i in range(30))
 
