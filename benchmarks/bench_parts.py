@@ -13,7 +13,8 @@ from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.heads.haa import haa
 from fastreid_nb.heads.model import ReIDModel, reid_model
 from fastreid_nb.eval.inference import evaluate_data
-from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.heads.parts import mgn, pcb
 from fastreid_nb.heads.rmgl import rmgl
 from fastreid_nb.data.toy import toy_reid

@@ -42,9 +42,17 @@ from .heads.ensemble import *
 from .heads.summary import *
 from .heads.speed import *
 from .losses.core import *
+from .losses.margins import *
+from .losses.pairs import *
+from .losses.similarity import *
+from .losses.memory import *
+from .losses.focal import *
+from .losses.mixes import *
 from .train.core import *
 from .train.schedules import *
 from .train.checkpoint import *
+from .train.groups import *
+from .train.finetune import *
 from .eval.core import *
 from .eval.features import *
 from .eval.inference import *

@@ -9,7 +9,8 @@ from fastreid_nb.heads.haa import HAA, Attention, BlackLoss, DarkGate, HAAHead, 
 from fastreid_nb.heads.core import ReIDOut
 from fastreid_nb.heads.rebuild import model_from_recipe
 from fastreid_nb.heads.model import reid_model
-from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.data.toy import toy_camera, toy_person, toy_photo, toy_reid
 from fastreid_nb.train.checkpoint import load_reid, save_reid

@@ -16,7 +16,8 @@ from fastreid_nb.heads.haa import haa
 from fastreid_nb.heads.parts import mgn, pcb
 from fastreid_nb.heads.rebuild import model_from_recipe
 from fastreid_nb.heads.rmgl import rmgl
-from fastreid_nb.losses.core import CrossEntropy, TripletLoss
+from fastreid_nb.losses.core import CrossEntropy
+from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.pooling.core import GlobalAvgPool, GeM, GlobalMaxPool
 from golden_files import close, golden_files, missing
 

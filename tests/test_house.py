@@ -2,7 +2,7 @@
 import json, re, shutil, subprocess, sys
 from pathlib import Path
 import check_house, pytest
-from check_house import House, all_names, intro_line, rules, write_intro
+from check_house import House, all_names, intro_line, next_cell, rules, wanted_next, write_intro, write_next
 from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 
 root,lib = Path(__file__).parents[1],'fastreid_nb'
@@ -45,7 +45,11 @@ def build(path, edits=None, new=None, files=None):
         (path/lib/k).parent.mkdir(parents=True, exist_ok=True)
         (path/lib/k).write_text(v)
     (path/'nbs').mkdir(parents=True)
+    places = '\n'.join(f'      - {o}.ipynb' for o in ['index', *sorted(nbs.keys()-{'index'})])
+    (path/'_quarto.yml').write_text(f'website:\n  sidebar:\n    contents:\n{places}\n')
     for k,v in nbs.items(): write_nb(new_nb([as_cell(o) for o in v], {}), path/f'nbs/{k}.ipynb')
+    house = House(path)
+    for room in house.rooms: write_next(room, wanted_next(house))
     return House(path)
 
 def fault(house, rule, said):
@@ -95,6 +99,23 @@ def test_import_of_no_notebook(tmp_path, text, module):
 @pytest.mark.parametrize('text', [
     f"import_module('{lib}.augment.core')", f'from {lib} import __version__', 'import fastreid_nbs.x'])
 def test_no_import(tmp_path, text): silent(build(tmp_path, {('00_data', 3):text}), 'upward_imports')
+
+def test_next_line(tmp_path):
+    "Next follows the sidebar; what is missing or wrong is written"
+    house = build(tmp_path)
+    line = '**Next:** [flip](01_augment.ipynb). Numbers.'
+    room = house.rooms[1]
+    assert next_cell(room).source==line and next_cell(house.rooms[2]) is None
+    next_cell(room).set_source('**Next:** [read](00_data.ipynb).')
+    fault(house, 'next_lines', f'00a_data.toy.ipynb: expected a last line {line}')
+    write_next(room, wanted_next(house))
+    silent(House(tmp_path), 'next_lines')
+
+def test_not_in_sidebar(tmp_path):
+    house = build(tmp_path)
+    path = tmp_path/'_quarto.yml'
+    path.write_text(path.read_text().replace('      - 01_augment.ipynb\n', ''))
+    assert '01_augment.ipynb: not in the sidebar' in list(by_name['next_lines'](house))[-1]
 
 def test_late_name(tmp_path):
     "A name looked up in a later room needs a reason"
@@ -247,7 +268,7 @@ def test_command(tmp_path):
         return subprocess.run(cmd, cwd=tmp_path, capture_output=True, text=True)
     res = run()
     assert res.returncode==1 and len(res.stderr.splitlines())==2
-    assert '3 notebooks, 3 names' in res.stdout and 'intros 1, unused_names 1' in res.stdout
+    assert '3 notebooks, 3 names' in res.stdout and 'intros 1, next_lines 0, unused_names 1' in res.stdout
     assert run('--write', '--only', 'intros').returncode==0
     assert 'no rule names: choose from upward' in run('--only', 'names').stderr
 

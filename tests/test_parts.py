@@ -8,7 +8,8 @@ from torch import nn
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.backbone.resnet import resnet18, resnet18_ibn, resnet34, resnet50, resnext50
 from fastreid_nb.backbone.weights import fill_network
-from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.heads.parts import MGNHead, RefinedPool, StripePool, cells, cut_stages, detect_mgn, full_height, mgn, part_head, pcb, row_reach
 from fastreid_nb.pooling.core import GlobalMaxPool
 from fastreid_nb.backbone.resnest import resnest

@@ -9,7 +9,8 @@ from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.backbone.core import SE, NonLocal
 from fastreid_nb.backbone.resnet import resnet18, resnet34, resnet50, resnext50
 from fastreid_nb.backbone.weights import fill_network
-from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.heads.parts import cut_stages, full_height, mgn, row_reach
 from fastreid_nb.backbone.resnest import resnest
 from fastreid_nb.heads.rmgl import leaks, restrict, rmgl

@@ -15,6 +15,7 @@ from fastreid_nb.pooling.core import GlobalAvgPool
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.schedules import FreezeBackbone, warmup_flat_cos
 from fastreid_nb.heads.speed import best_dtype
+from fastreid_nb.losses.core import ReIDLoss
 from fastreid_nb.train.core import reid_learner
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 
@@ -293,3 +294,34 @@ def test_model_moves_before_the_optimiser_is_made(dls, monkeypatch):
     learn = reid_learner(dls, resnet18, opt_func=lambda params, **kwargs: seen.append({p.device.type for o in params for p in o}), dtype=torch.float32)
     learn.create_opt()
     assert seen==[{'meta'}]
+
+@pytest.mark.parametrize('at,names', [(0,['a']), (6,['b']), (6,['a','c']), (3,['a','b','c'])])
+def test_the_term_that_is_no_number(dls, at, names):
+    "Which term, and at which step, although one step later every term is NaN"
+    n = []
+    def term(name):
+        def loss(out, pid, camid): return out.feat.pow(2).mean()*(torch.nan if len(n)==at and name in names else 1)
+        loss.name = name
+        return loss
+    def count(out, pid, camid):
+        n.append(0)
+        return out.feat.mean()*0
+    count.name = 'd'
+    l = reid_learner(dls, TinyNet, loss=ReIDLoss(*map(term, 'abc'), count), dtype=torch.float32)
+    match = rf'since step {at+1} of this fit \(epoch .*which began in {", ".join(names)}: training diverged'
+    with l.no_bar(), l.no_logging(), pytest.raises(ValueError, match=match): l.fit(4, 1e-3)
+    assert len(n)<=at+1+len(dls.train)
+
+def test_a_model_that_gives_no_numbers(dls):
+    l = reid_learner(dls, TinyNet, dtype=torch.float32)
+    l.model.backbone[0].weight.data[:] = torch.nan
+    with l.no_bar(), l.no_logging(), pytest.raises(ValueError, match='in every term .ce, triplet.*the model itself'): l.fit(2, 1e-3)
+
+@pytest.mark.parametrize('lr', [0, 0., slice(0), slice(0,0), [0,0]])
+def test_a_learning_rate_of_nothing(learn, lr):
+    with pytest.raises(ValueError, match='nothing would be learned'): learn.fit(1, lr)
+    learn.fit(1, [0,1e-3])
+
+def test_a_learner_without_learning_rate(dls):
+    for lr in (0,-1.,float('nan'),float('inf')):
+        with pytest.raises(ValueError, match='lr='): reid_learner(dls, TinyNet, lr=lr)

@@ -3,7 +3,8 @@ import copy
 
 import pytest, torch
 
-from fastreid_nb.losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 from fastreid_nb.train.core import reid_splitter

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from warnings import catch_warnings
-from fastcore.nbio import read_nb, write_nb
+from fastcore.nbio import mk_cell, read_nb, write_nb
 from fastcore.script import call_parse
 from nbdev.config import get_config
 
@@ -85,12 +85,12 @@ may_be_late = {'ScoreReID':'every learner scores, and scores need the rooms of e
 
 @dataclass
 class House:
-    "The notebooks of a repository in their order, but for the index"
+    "The notebooks of a repository in their order, but for those that write no module"
     root: Path
-    most_names: int = 230 # That `fastreid_nb.all` may bring
+    most_names: int = 330 # That `fastreid_nb.all` may bring
     def __post_init__(self):
         paths = sorted((self.root/'nbs').glob('[!_.]*.ipynb'))
-        self.rooms = [read_room(o, self.root) for o in paths if o.stem!='index']
+        self.rooms = [read_room(o, self.root) for o in paths if o.stem[0].isdigit()]
         self.by_module = {o.module:o for o in self.rooms}
         packages = {o.rpartition('.')[0] for o in self.by_module}
         self.known = {f'{lib}.{o}' for o in {*self.by_module, *packages, 'all'}}
@@ -128,6 +128,26 @@ def write_intro(room, house):
     if not lines[0].startswith(('**Builds on**', '**Used by**')): lines = ['', '', *lines]
     lines[0] = intro_line(room, house)
     room.intro.set_source('\n'.join(lines))
+    write_nb(room.nb, room.nb.path_)
+
+## The line that leads on
+
+def wanted_next(house):
+    "Notebook to the line it should end with, after the sidebar"
+    from fastreid_nb._site import next_line, sidebar
+    pages = sidebar(house.root)
+    return {o.name:next_line(o, pages) for o in pages}
+
+def next_cell(room): return next((o for o in room.cells if o.cell_type=='markdown' and o.source.startswith('**Next:**')), None)
+
+def write_next(room, wanted):
+    "Rewrite the line Next, or put it behind the last cell that a reader sees"
+    line,cell = wanted.get(room.name, ''),next_cell(room)
+    if not line: return
+    if cell is None:
+        cells = [i for i,o in enumerate(room.cells) if o.source.strip() and 'hide' not in o.directives]
+        room.nb.cells.insert(cells[-1]+1, mk_cell(line, 'markdown', id=f'next{room.name[:3].strip("_")}'))
+    else: cell.set_source(line)
     write_nb(room.nb, room.nb.path_)
 
 ## Rules: each yields its faults
@@ -175,7 +195,7 @@ def modules_and_packages(house):
     "Every module has a notebook, every package an empty `__init__.py`"
     top = house.root/lib
     paths = {o.relative_to(house.root).as_posix():o for o in sorted(top.rglob('*.py'))}
-    written = {o.file for o in house.rooms} | {f'{lib}/{o}.py' for o in ('__init__', '__main__', '_docidx', 'all', '_modidx')}
+    written = {o.file for o in house.rooms} | {f'{lib}/{o}.py' for o in ('__init__', '__main__', '_docidx', '_site', 'all', '_modidx')}
     for name,path in paths.items():
         if path.name!='__init__.py' and name not in written: yield f'{name}:1: no notebook writes this module'
     for name in sorted({f'{o.rpartition("/")[0]}/__init__.py' for o in paths} - {f'{lib}/__init__.py'}):
@@ -188,6 +208,14 @@ def intros(house):
         want = intro_line(room, house)
         if not room.intro: yield f'{room.name}.ipynb: expected a third cell of markdown, with {want}'
         elif room.intro.source.split('\n')[0]!=want: yield f'{room.at(room.intro)}: expected {want}'
+
+def next_lines(house):
+    "The last line leads where the sidebar leads"
+    wanted = wanted_next(house)
+    for room in house.rooms:
+        if room.name not in wanted: yield f'{room.name}.ipynb: not in the sidebar of _quarto.yml'
+        found,want = next_cell(room),wanted.get(room.name, '')
+        if want and (found is None or found.source!=want): yield f'{room.name}.ipynb: expected a last line {want}'
 
 def unused_names(house):
     "Every public name is used in an example of its own notebook"
@@ -260,14 +288,21 @@ def silent_defs(house):
         silent = [o for o in exported if not prose & {o.idx_-1, o.idx_+1}]
         yield from (f'{room.at(c)}: no markdown beside `{o}`' for c in silent for o in public_defs(c))
 
-rules = [upward_imports, late_names, names_and_modules, letters_and_numbers, modules_and_packages, intros, unused_names, crowd,
-    hidden_names, long_modules, wide_lines, long_stretches, silent_defs]
+rules = [upward_imports, late_names, names_and_modules, letters_and_numbers, modules_and_packages, intros, next_lines, unused_names,
+    crowd, hidden_names, long_modules, wide_lines, long_stretches, silent_defs]
+
+def write_lines(house):
+    "Bring up to date what follows from imports and from the sidebar"
+    wanted = wanted_next(house)
+    for room in house.rooms:
+        write_intro(room, house)
+        write_next(room, wanted)
 
 @call_parse
 def main(
-    write:bool=False, # First rewrite the lines "Builds on … Used by …"
+    write:bool=False, # First rewrite the lines "Builds on … Used by …" and "Next"
     no_fastai:bool=False, # Leave out the comparison with fastai's names, for which both libraries are imported
-    most_names:int=230, # Public names that `fastreid_nb.all` may bring
+    most_names:int=330, # Public names that `fastreid_nb.all` may bring
     only:str='', # Rules to check, separated by spaces; all when empty
 ):
     "Check the rules of the house and fail if one is broken"
@@ -275,7 +310,7 @@ def main(
     if unknown: sys.exit(f'no rule {", ".join(sorted(unknown))}: choose from {", ".join(o.__name__ for o in rules)}')
     house = House(get_config().config_path, most_names)
     sys.path.insert(0, str(house.root))
-    for room in house.rooms if write else []: write_intro(room, house)
+    if write: write_lines(house)
     chosen = [o for o in rules if not only or o.__name__ in only.split()]
     faults = {o.__name__:list(o(house)) for o in chosen if not (no_fastai and o is hidden_names)}
     print(f'{len(house.rooms)} notebooks, {len(all_names(house))} names in {lib}.all', end=', ')

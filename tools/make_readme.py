@@ -1,9 +1,10 @@
-"Write README.md from nbs/index.ipynb; pictures in its outputs become files beside the notebooks, where GitHub can show them"
+"Write README.md from nbs/index.ipynb, pictures in its outputs as files beside the notebooks, and nbs/llms.txt from all pages"
 import json, re, sys
 from pathlib import Path
 from urllib.parse import urlparse
 from check_docs import page_md, pandoc, reader
 from fastcore.script import call_parse
+from fastreid_nb._site import llms
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
@@ -22,6 +23,7 @@ def local(url):
     cfg = get_config()
     blob = f'{cfg.git_url}/blob/{cfg.branch}/'
     if url.startswith(blob): return url.removeprefix(blob)
+    if url.endswith('.qmd'): return f'{cfg.doc_url.rstrip("/")}/{url.removesuffix(".qmd")}.html'   # made with the site
     return url if urlparse(url).scheme or url.startswith('#') else f'nbs/{url}'
 
 def is_autolink(text, url):
@@ -69,10 +71,10 @@ def readme()->tuple: # Text of README.md, and pictures (dict from file name to b
     return f'{note}\n\n' + re.sub(r'^(`{3,}) (\w+)', r'\1\2', res, flags=re.MULTILINE),pics
 
 def wanted(root)->dict: # Path to bytes; None for a picture that is no longer needed
-    "README.md and its pictures as they should be"
+    "README.md, its pictures and nbs/llms.txt as they should be"
     text,pics = readme()
     old = dict.fromkeys((root/folder).glob('index_*.*'))
-    return {**old, root/'README.md':text.encode(), **{root/folder/k:v for k,v in pics.items()}}
+    return {**old, root/'README.md':text.encode(), root/'nbs/llms.txt':llms().encode(), **{root/folder/k:v for k,v in pics.items()}}
 
 def write(path, data):
     "Write `data` to `path`, or remove it"
@@ -82,12 +84,12 @@ def write(path, data):
 
 @call_parse
 def main(
-    check:bool=False, # Write nothing, and fail if README.md or one of its pictures differs from the notebook
+    check:bool=False, # Write nothing, and fail if README.md, one of its pictures or nbs/llms.txt differs from the notebooks
 ):
-    "Write README.md and its pictures from nbs/index.ipynb"
+    "Write README.md, its pictures and nbs/llms.txt from the notebooks"
     root = get_config().config_path
     changed = {p:d for p,d in wanted(root).items() if (p.read_bytes() if p.exists() else None)!=d}
     names = ', '.join(str(Path(p).relative_to(root)) for p in changed)
-    if check and changed: sys.exit(f'not what nbs/index.ipynb says: {names}. Run: python tools/make_readme.py')
+    if check and changed: sys.exit(f'not what the notebooks say: {names}. Run: python tools/make_readme.py')
     for p,d in changed.items(): write(p, d)
-    print(f'written: {names}' if names else 'README.md is up to date')
+    print(f'written: {names}' if names else 'README.md and llms.txt are up to date')

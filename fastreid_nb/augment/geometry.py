@@ -111,7 +111,7 @@ def color_jitter(
 # %% ../../nbs/01a_augment.geometry.ipynb #2c2b39d4
 def grey_patch(
     x:torch.Tensor, # (3,H,W), uint8, or float in [0,1]
-    rng:np.random.Generator, # Source of size and place
+    rng:np.random.Generator, # Source of size and position
     p:float=.2, # Probability
     area:tuple=(.02,.4), # Range of the share of the image
     aspect:tuple=(.3,3.33), # Range of height over width of the rectangle

@@ -170,7 +170,7 @@ class ToFloat(IntToFloatTensor):
         if x.device.type!='cpu': return x.float().div_(self.div)
         return TensorImage(torch.from_numpy(np.empty(x.shape, np.float32)).copy_(x).div_(self.div))
 
-    def encodes(self, x:TensorCategory): return x   # found at once: a search that fails would keep the batch in memory
+    def encodes(self, x:TensorCategory): return x   # a search that fails would keep the batch in memory
 
 # %% ../../nbs/01e_augment.loaders.ipynb #0cb49803
 def draw_epoch(
@@ -199,7 +199,7 @@ class PKLoader(ReIDLoader):
         k:int=4, # Images of each
         augs:list=(), # Functions `aug(x, rng)` of a (3,H,W) uint8 tensor, applied in order
         seed:int=0, # Of batches and augmentation
-        batches:callable=pk_batches, # `(pids, p, k, rng) → (B, p·k)` rows, the same B every epoch; may ask for `df`
+        batches:callable=pk_batches, # `(pids, p, k, rng) → (B, p·k)` rows, B fixed; may ask for `df`
         skip_bad:bool=False, # Replace an image that cannot be read by the next one of its identity?
         **kwargs, # Passed to `ReIDLoader`
     ):

@@ -82,7 +82,7 @@ def occlude(
     x:torch.Tensor, # (3,H,W), uint8, or float in [0,1]
     rng:np.random.Generator, # Source of all choices
     p:float=.5, # Probability
-    images=(), # Where obstacles come from: `TableImages`, or a list of what `Preproc.load` takes; resized to `x`
+    images=(), # Of obstacles: `TableImages`, or a list of what `Preproc.load` takes; resized to `x`
     area:tuple=(.1,.4), # Range of the covered share of the image
     aspect:tuple=(.3,3.33), # Range of height over width of the rectangle
 )->torch.Tensor: # Same shape

@@ -222,7 +222,7 @@ def augmix(
     width:int=3, # Chains
     depth:int|tuple=1, # Operations in a chain; (low, high) draws a number between the two, both included
     severity:float=1, # Highest level, 0.1 to `space.top`; shears and shifts always have it
-    alpha:float=.1, # Of the Dirichlet distribution of the chains' weights, and of the Beta distribution of the blend
+    alpha:float=.1, # Of the Dirichlet (chains' weights) and the Beta distribution (blend)
     space:OpSpace=augmix_space, # Operations to draw from
 )->torch.Tensor: # Same shape and dtype
     "Blend an image with a random average of chains of operations on it"

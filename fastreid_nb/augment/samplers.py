@@ -240,7 +240,7 @@ def domain_batches(
     by:str='dsetid', # Column that names the domain: `dsetid` or `camid`
     cross_camera:bool=False, # Take positives from other cameras, as in `cross_camera_batches`?
     passes:int=1, # Times that the identities of the largest domain are drawn in an epoch
-)->np.ndarray: # (B, p·k) rows, B the most of ceil(passes·identities/places); images of one identity stand together
+)->np.ndarray: # (B, p·k) rows, B the largest ceil(passes·identities/places); identities stand together
     "Batches with a fixed number of identities of each domain; within a domain all are drawn before anyone comes again"
     domain,home = np.unique(_column(df, by, pids), return_inverse=True)
     ids,who = np.unique(pids, return_inverse=True)

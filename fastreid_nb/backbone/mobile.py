@@ -25,7 +25,7 @@ from .weights import load_backbone
 class MobileTrunk(nn.Sequential):
     "The children of a torchvision network that make its feature map, in a row and under their own names"
     def __init__(self,
-        net:nn.Module, # Network whose forward is its children, one after the other; they are taken over, not copied
+        net:nn.Module, # Network whose forward is its children in a row; they are taken over, not copied
         parts:list, # Names of the children to keep
         stage:nn.Module, # The last part of the network that halves the map
         last_stride:int=2, # Stride of that stage: 1 or 2
@@ -66,7 +66,7 @@ def mobilenetv2(
     width:float=1., # Factor on the number of channels: 1.0, 0.75, 0.5, 0.35, 0.25 or 0.1
     last_stride:int=2, # Stride of the last stage: 2 (published, also in re-identification) or 1 (finer map)
     *,
-    pretrained:bool|str|Path=False, # ImageNet weights: True downloads them once (width 1), a path reads that file
+    pretrained:bool|str|Path=False, # ImageNet weights: True downloads them (width 1), a path reads that file
 )->MobileTrunk: # Backbone with 1280 channels
     "MobileNetV2 up to its last convolution"
     check_choice('width', width, _v2_widths)
@@ -88,7 +88,7 @@ def _usual_norm(net):
 def mobilenetv3(
     variant:str='large', # 'large' or 'small'
     last_stride:int=2, # Stride of the last stage: 2 (published, also in re-identification) or 1 (finer map)
-    form:str='torchvision', # 'torchvision', or 'fastreid': another eps, and a last convolution without ImageNet weights
+    form:str='torchvision', # 'torchvision', or 'fastreid': another eps, and one more convolution, untrained
     *,
     pretrained:bool|str|Path=False, # ImageNet weights: True downloads them once, a path reads that file
 )->MobileTrunk: # Backbone with 960 (large) or 576 (small) channels; 1280 or 1024 in fast-reid's form
@@ -112,7 +112,7 @@ def _v3_variant(state):
 
 def detect_mobilenet(
     state:dict, # Name to tensor, as torchvision or fast-reid name them, without a prefix
-)->tuple|None: # `(make, state)`: a partial of `mobilenetv2` or `mobilenetv3`, and the state for it; None if neither
+)->tuple|None: # `(make, state)`: a partial of one of the two, and the state for it; None if neither
     "Find the MobileNet that a file of weights belongs to"
     state = _v2_state(state)
     if 'features.1.conv.0.0.weight' in state and (last := state.get('features.18.0.weight')) is not None:
@@ -174,7 +174,7 @@ def shufflenetv2(
     last_stride:int=2, # Stride of the last stage: 2 (published, also in re-identification) or 1 (finer map)
     form:str='torchvision', # 'torchvision', or 'fastreid': the authors' order of channels
     *,
-    pretrained:bool|str|Path=False, # ImageNet weights: True downloads torchvision's once, a path reads that file
+    pretrained:bool|str|Path=False, # ImageNet weights: True downloads torchvision's, a path reads that file
 )->MobileTrunk: # Backbone with 1024 channels, 2048 for width 2
     "ShuffleNetV2 up to its last convolution"
     check_choice('width', width, _shuffle_mid)
@@ -190,7 +190,7 @@ _shuffle_tell = {'conv5.0.weight', 'stage2.0.branch1.2.weight', 'stage4.3.branch
 
 def detect_shufflenet(
     state:dict, # Name to tensor, as torchvision or the authors and fast-reid name them, without a prefix
-)->tuple|None: # `(make, state)`: a partial of `shufflenetv2`, and the state for it; None if it is another network
+)->tuple|None: # `(make, state)`: a partial of `shufflenetv2` and the state for it; None otherwise
     "Find the ShuffleNetV2 that a file of weights belongs to"
     named = _shuffle_state(state)
     if not _shuffle_tell<=named.keys(): return None
@@ -223,11 +223,11 @@ _effs = {(4,1280):'b0', (5,1280):'b1', (5,1408):'b2', (6,1536):'b3', (8,1792):'b
 
 def efficientnet(
     variant:str='b0', # 'b0' to 'b7'
-    last_stride:int=1, # Stride of the sixth stage, the last that halves: 1 (re-identification) or 2 (classification)
-    form:str='torchvision', # 'torchvision', or 'fastreid': eps 1e-5 in every size, torchvision has 1e-3 from b5 on
-    drop:float=0., # Training leaves out block i of n, counted from 0, with probability `drop`·i/n; torchvision has 0.2
+    last_stride:int=1, # Of the sixth stage, the last that halves: 1 (re-identification) or 2 (classification)
+    form:str='torchvision', # 'torchvision' (eps 1e-3 from b5 on), or 'fastreid': eps 1e-5 in every size
+    drop:float=0., # Training leaves out block i of n with probability `drop`·i/n; torchvision: 0.2
     *,
-    pretrained:bool|str|Path=False, # ImageNet weights: True downloads torchvision's once, a path reads that file
+    pretrained:bool|str|Path=False, # ImageNet weights: True downloads torchvision's, a path reads that file
 )->MobileTrunk: # Backbone with 1280 (b0, b1) to 2560 (b7) channels
     "EfficientNet up to its last convolution"
     check_choice('variant', variant, sorted(_effs.values()))
@@ -244,7 +244,7 @@ _eff_tell = {'features.8.0.weight', 'features.6.0.block.3.0.weight', 'features.1
 
 def detect_efficientnet(
     state:dict, # Name to tensor, as torchvision, or pycls and fast-reid name them, without a prefix
-)->tuple|None: # `(make, state)`: a partial of `efficientnet`, and the state for it; None if it is another network
+)->tuple|None: # `(make, state)`: a partial of `efficientnet` and the state for it; None otherwise
     "Find the EfficientNet that a file of weights belongs to"
     named = _eff_state(state)
     if not _eff_tell<=named.keys(): return None

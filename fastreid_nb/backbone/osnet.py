@@ -55,7 +55,7 @@ class OSBlock(nn.Module):
     def __init__(self,
         n_in:int, # Channels that come in
         n_out:int, # Channels that go out
-        norm:str|None=None, # Instance normalisation: None, 'after' the sum, or 'inside' for the residual's batch norm
+        norm:str|None=None, # Instance normalisation: None, 'after' the sum, or 'inside' the residual
     ):
         super().__init__()
         self.norm = check_choice('norm', norm, (None,'after','inside'))
@@ -165,7 +165,7 @@ def osnet(
     variant:str='plain', # Instance normalisation: 'plain' (none), 'ibn' or 'ain'
     width:str='x1_0', # Channels relative to the paper's: 'x1_0', 'x0_75', 'x0_5' or 'x0_25'
     *,
-    pretrained:bool|str|Path=False, # ImageNet weights: a path reads that file, True the one downloaded by hand
+    pretrained:bool|str|Path=False, # ImageNet weights: a path reads that file, True one downloaded by hand
 )->OSNet: # Backbone with `n_feat` channels: 512, 384, 256 or 128 by width
     "An omni-scale network"
     net = OSNet(variant, width)

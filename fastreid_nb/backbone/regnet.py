@@ -45,8 +45,8 @@ def _settled(variant):
 
 # %% ../../nbs/02g_backbone.regnet.ipynb #2b72838f
 def regnet_params(
-    variant:str='y_800mf', # 'x' or 'y' and the multiplications for an image of 224 × 224: 'x_200mf', 'y_1_6gf' …
-    rounding:str='paper', # Widths to multiples of the group: 'paper' (halves to even) or 'torchvision' (halves up)
+    variant:str='y_800mf', # 'x' or 'y' and the multiplications at 224 × 224: 'x_200mf', 'y_1_6gf' …
+    rounding:str='paper', # To multiples of the group: 'paper' (halves to even) or 'torchvision' (halves up)
 )->BlockParams: # Depth, width, group width and stride of each stage, as torchvision's `RegNet` wants them
     "Widths and depths of a RegNet by the paper's rule"
     variant = _settled(variant)
@@ -89,9 +89,9 @@ def _url(variant, rounding):
 
 # %% ../../nbs/02g_backbone.regnet.ipynb #f35dcbaf
 def regnet(
-    variant:str='y_800mf', # 'x_' or 'y_' with 200mf, 400mf, 600mf, 800mf, 1_6gf, 3_2gf, 4gf, 6_4gf, 8gf … 32gf
+    variant:str='y_800mf', # 'x_' or 'y_' and 200mf, 400mf, 600mf, 800mf, 1_6gf, 3_2gf, 4gf, 6_4gf … 32gf
     last_stride:int=1, # Stride of the last stage: 1 (re-identification) or 2 (classification)
-    rounding:str='paper', # 'paper' or 'torchvision', whose weights of x_400mf, y_800mf and y_8gf need the latter
+    rounding:str='paper', # 'paper', or 'torchvision', as its weights of x_400mf, y_800mf and y_8gf need
     *,
     pretrained:bool|str|Path=False, # ImageNet weights: True downloads them once, a path reads that file
 )->MobileTrunk: # Backbone with as many channels as its last stage is wide

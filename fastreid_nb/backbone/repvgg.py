@@ -176,7 +176,7 @@ def repvgg(
     last_stride:int=1, # Stride of the last stage: 1 (re-identification) or 2 (classification)
     deployed:bool=False, # Start with the folded blocks, to read a file of a network that was folded?
     *,
-    pretrained:bool|str|Path=False, # ImageNet weights: a path reads that file, True the one downloaded by hand
+    pretrained:bool|str|Path=False, # ImageNet weights: a path reads that file, True one downloaded by hand
 )->RepVGG: # Backbone with `n_feat` channels: 1280 (A0, A1, B0) to 2560 (B2, B3)
     "A RepVGG"
     net = RepVGG(variant, last_stride, deployed)

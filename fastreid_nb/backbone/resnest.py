@@ -24,7 +24,7 @@ class SplitBottleneck(ReIDBottleneck):
     "Residual block around split attention, which in the first block of stages 2 to 4 an average pooling follows"
     def __init__(self,
         n_in:int, # Number of channels that come in
-        planes:int, # Number of channels in the middle: 64, 128, 256 or 512 by stage; four times as many go out
+        planes:int, # Channels in the middle: 64, 128, 256 or 512 by stage; four times as many go out
         stride:int=1, # Stride of the block
         downsample:nn.Module=None, # Shortcut that changes the shape
         groups:int=1, # Passed by torchvision; 1
@@ -60,11 +60,11 @@ class ResNeSt(ReIDResNet):
     "A split-attention network without its pooling and classifier: `(B,3,H,W)` to `(B,2048,h,w)`"
     def __init__(self,
         variant:int=50, # Number of layers: 50, 101, 200 or 269
-        last_stride:int=1, # Stride of the last stage: 1 keeps a map twice as high and wide as 2 (classification)
-        dilation:bool=True, # Dilate a last stage of stride 1 from its second block on? False for files before 12/2020
+        last_stride:int=1, # Of the last stage: 1 keeps a map twice as high and wide as 2 (classification)
+        dilation:bool=True, # Dilate a last stage of stride 1 from its second block on? Not before 12/2020
         nl:bool=False, # Non-local blocks after the last 2 blocks of stage 2 and the last 3 of stage 3?
         nl_width:str='one', # Their inner channels: 'one' (fast-reid's weights) or 'half' (the paper)
-        stem_pool:str='pad', # First max pooling: 'pad' (all published weights) or 'ceil' (last window may be cut)
+        stem_pool:str='pad', # First max pooling: 'pad' (published weights) or 'ceil' (last window cut)
     ):
         self.n_stem,layers = _archs[check_choice('variant', variant, _archs)]
         self.last_stride = check_choice('last_stride', last_stride, (1,2))
@@ -105,7 +105,7 @@ def resnest(
 # %% ../../nbs/02d_backbone.resnest.ipynb #3ba593ad
 def detect_resnest(
     state:dict, # Name to tensor, as the authors, timm and fast-reid name them, without a prefix
-)->tuple|None: # `(make, state)`: a partial of `resnest` that fits, and the state for it; None if it is no ResNeSt
+)->tuple|None: # `(make, state)`: a partial of `resnest` and the state for it; None if it is no ResNeSt
     "Find the ResNeSt that a file of weights belongs to"
     mid,stem = state.get('layer1.0.conv2.conv.weight'),state.get('conv1.0.weight')
     if stem is None or 'layer1.0.conv2.fc2.weight' not in state: return None

@@ -78,15 +78,15 @@ class ReIDResNet(ResNet):
     block_types,stem_relu = (ReIDBasicBlock,ReIDBottleneck),True
     def __init__(self,
         variant:int=50, # Number of layers: 18, 34, 50, 101 or 152
-        last_stride:int=1, # Stride of the last stage: 1 keeps a map twice as high and wide as 2 (classification)
+        last_stride:int=1, # Of the last stage: 1 keeps a map twice as high and wide as 2 (classification)
         ibn:bool|str=False, # True or 'a': IBN-a in the first three stages; 'a4': in all four; 'b': IBN-b
         se:bool=False, # Squeeze and excitation in every block?
         nl:bool=False, # Non-local blocks in stages 2 and 3? 50 layers and more
         nl_width:str='one', # Their inner channels: 'one' (fast-reid's weights) or 'half' (the paper)
-        stem_pool:str='pad', # First max pooling: 'pad' (torchvision) or 'ceil' (no padding, last window may be cut)
+        stem_pool:str='pad', # First max pooling: 'pad' (torchvision) or 'ceil' (unpadded, last window cut)
         groups:int=1, # Groups of the 3×3 convolutions; 32 for ResNeXt
         base_width:int=64, # Channels of a group where the first stage has 64; 4 for ResNeXt
-        stem_relu:bool=True, # A ReLU behind the first normalisation? The network of reid-strong-baseline forgot it
+        stem_relu:bool=True, # A ReLU behind the first normalisation? reid-strong-baseline forgot it
     ):
         deep,layers = _archs[check_choice('variant', variant, _archs)]
         super().__init__(self.block_types[deep], layers, groups=groups, width_per_group=base_width)
@@ -293,7 +293,7 @@ def _width_options(state, deep):
 
 def detect_resnet(
     state:dict, # Name to tensor, as torchvision and fast-reid name them, without a prefix
-)->tuple|None: # `(make, state)`: a partial of `resnet` that fits, and the state for it; None if it is no ResNet
+)->tuple|None: # `(make, state)`: a partial of `resnet` and the state for it; None if it is no ResNet
     "Find the residual network that a file of weights belongs to"
     if not {'conv1.weight','layer4.0.conv2.weight','layer1.0.conv1.weight'}<=state.keys(): return None
     deep = 'layer1.0.conv3.weight' in state

@@ -96,7 +96,7 @@ class TimmBackbone(nn.Module):
         net:nn.Module, # timm network
         img_size:tuple, # Height and width of the images, pixels
         fixed:bool=False, # Refuse images of other sizes?
-        tokens:str='patches', # Of a network with tokens: 'patches' (their grid) or 'cls' (class token, one position)
+        tokens:str='patches', # Of a network with tokens: 'patches' (their grid) or 'cls' (class token)
     ):
         super().__init__()
         self.net,self.img_size,self.fixed = net,tuple(img_size),fixed
@@ -130,8 +130,8 @@ class TimmBackbone(nn.Module):
 # %% ../../nbs/02j_backbone.timmnets.ipynb #a27d778e
 def timm_backbone(
     name:str, # A timm name, 'convnext_tiny', or one with a tag for its weights; 'timm/' may stand before it
-    img_size:tuple|None=None, # Height and width, pixels. None: (256,128), or that of the weights if they need one size
-    last_stride:int|None=None, # 1: last stage as large as the one before (dilated), if timm can; None, 2: as published
+    img_size:tuple|None=None, # Height and width, pixels. None: (256,128), or the size that its weights need
+    last_stride:int|None=None, # 1: last stage dilated to the size of the one before; None, 2: as published
     tokens:str='patches', # Of a network with tokens: 'patches' (their grid) or 'cls' (the class token)
     *,
     pretrained:bool|str|Path=False, # True lets timm download the weights, a path reads that file
@@ -156,7 +156,8 @@ def adapt(self:TimmBackbone,
     "Bring weights saved by timm into the form of this network"
     if all(k.startswith('net.') for k in state): return state
     own = self.net.state_dict()
-    if all(k in state and state[k].shape==v.shape for k,v in own.items()): return {f'net.{k}':v for k,v in state.items()}
+    fits = all(k in state and state[k].shape==v.shape for k,v in own.items())
+    if fits: return {f'net.{k}':v for k,v in state.items()}
     convert = getattr(import_module(type(self.net).__module__), 'checkpoint_filter_fn', None)
     try: state = convert(dict(state), self.net) if convert else state
     except Exception as e: raise ValueError(f'timm cannot convert these weights for a {type(self.net).__name__} '
@@ -177,7 +178,7 @@ def _weights_row(cfg):
 
 def timm_weights(
     name:str, # A timm name without tag
-)->pd.DataFrame: # One row per set: `licence`, `size` (pixels), `mean` (first channel), `address`, by full name
+)->pd.DataFrame: # One row per set: `licence`, `size` (pixels), `mean` (first channel), `address`
     "Which weights timm knows for a network, under which licence and where"
     timm = _timm()
     full = timm.list_models(f'{check_timm_name(name).partition(".")[0]}.*', pretrained=True)

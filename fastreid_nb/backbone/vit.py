@@ -55,7 +55,7 @@ class ViTAttention(nn.Module):
     def forward(self,
         x:torch.Tensor, # Tokens, (B,N,C)
     )->torch.Tensor: # The same shape
-        q,k,v = self.qkv(x).unflatten(-1, (3,self.heads,-1)).permute(2, 0, 3, 1, 4)  # each (B,heads,N,C/heads)
+        q,k,v = self.qkv(x).unflatten(-1, (3,self.heads,-1)).permute(2, 0, 3, 1, 4) # (B,heads,N,C/heads)
         told = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(told.transpose(1, 2).flatten(2))
 
@@ -161,8 +161,8 @@ class ViT(nn.Module):
         n_cams:int=0, # Cameras with an embedding; 0: none
         n_views:int=0, # Viewpoints with an embedding; 0: none
         sie_weight:float=3., # Weight λ of that embedding, TransReID's 3
-        drop_path:float=0.1, # Probability in [0,1) of leaving out an addition in the last block, 0 in the first
-        tokens:str='cls', # Output: 'cls' (class token), 'patches' (their grid) or 'trunk' (all, before the last block)
+        drop_path:float=0.1, # Probability of leaving out an addition in the last block, 0 in the first
+        tokens:str='cls', # Output: 'cls' (class token), 'patches' (grid), 'trunk' (before the last block)
     ):
         super().__init__()
         self.n_feat,self.tokens = dim,check_choice('tokens', tokens, ('cls','patches','trunk'))
@@ -206,7 +206,7 @@ def embed(self:ViT,
 @patch
 def forward(self:ViT,
     x:torch.Tensor, # Normalised images, (B,3,H,W) of `img_size`
-    camid:torch.Tensor|None=None, # Cameras, (B,); -1, or None in evaluation: unknown. Not used if `n_cams` is 0
+    camid:torch.Tensor|None=None, # Cameras, (B,); -1, or None in evaluation: unknown. Unused if `n_cams` is 0
     viewid:torch.Tensor|None=None, # Viewpoints, (B,); the same with `n_views`
 )->torch.Tensor: # (B,n_feat,1,1), (B,n_feat,h,w) of the patch grid, or (B,n_feat,1+h·w,1)
     "Feature map of `x`"
@@ -260,10 +260,10 @@ def vit(
     n_views:int=0, # Viewpoints with an embedding; 0: none
     sie_weight:float=3., # Weight of that embedding, TransReID's 3
     drop_path:float=0.1, # Probability in [0,1) of leaving out an addition in the last block, in training
-    tokens:str='cls', # Output: 'cls' (class token), 'patches' (their grid) or 'trunk' (all, before the last block)
+    tokens:str='cls', # Output: 'cls' (class token), 'patches' (grid), 'trunk' (before the last block)
     *,
     pretrained:bool|str|Path=False, # ImageNet weights: True downloads them once, a path reads that file
-    old:tuple|None=None, # Rows and columns of the position grid in that file, where their number does not tell
+    old:tuple|None=None, # Rows and columns of that file's positions, where their number does not tell
 )->ViT: # Backbone with `n_feat` channels: 192 (tiny), 384 (`deit_small`), 768 (the others)
     "A vision transformer for re-identification"
     shape = _variants[check_choice('variant', variant, _variants)]

@@ -51,7 +51,6 @@ def download_weights(
     except RuntimeError as e: raise ValueError(_not_it.format(url=url, error=e, dst=dst)) from e
     return dst
 
-
 # %% ../../nbs/02a_backbone.weights.ipynb #1077339d
 def weights_by_hand(
     page:str, # Where the file can be downloaded
@@ -84,7 +83,6 @@ def states_in(
         if not _no_weights.search(k): found |= states_in(v, f'{where}.{k}'.strip('.'))
     own = _tensors(o)
     return found or ({where:own} if own else {})
-
 
 # %% ../../nbs/02a_backbone.weights.ipynb #c610fe61
 _averages = re.compile(r'(?i)(^|[._])(ema|swa|avg|averaged?)([._]|$)'),re.compile(r'(?i)teacher')
@@ -120,7 +118,6 @@ def _check_state(o, source):
     if odd: raise ValueError(_no_state(o, source, odd))
     return o
 
-
 # %% ../../nbs/02a_backbone.weights.ipynb #f543d2fa
 _leftovers = {r'(.*[._])?(queue|memory)(_\w+)?(\..*)?':'memory of its training',
     r'(.*\.)?n_averaged':'a count of its training',
@@ -149,7 +146,6 @@ def _copies(groups):
         if len(same)>1 and first: return {o:first[0] for o in same if o!=first[0]}
     return {}
 
-
 # %% ../../nbs/02a_backbone.weights.ipynb #463c064e
 _wrappers = {'module','_orig_mod','model','net','network','encoder_q','student','teacher','ema'}
 
@@ -169,7 +165,6 @@ class Peeled:
             why = f'copy of {copies[first]}' if first in copies else 'head of another project'
             gone[self.prefix+k] = leftover(k) or why
         return Peeled(groups[top], f'{self.prefix}{top}.', gone)
-
 
 # %% ../../nbs/02a_backbone.weights.ipynb #e5ef46cd
 def peelings(
@@ -194,11 +189,11 @@ def unprefixed(
     if fits:
         found = [o for o in peelings(first) if fits(o.state)]
         level = [o.prefix for o in found if o.prefix.count('.')==found[0].prefix.count('.')]
-        if len(level)>1: raise ValueError(f'{source} holds several networks, whose names begin with {", ".join(level)}: '
+        names = ', '.join(level)
+        if len(level)>1: raise ValueError(f'{source} holds several networks, whose names begin with {names}: '
             f'entry={level[0][:-1]!r} takes the first')
         if found: return found[0]
     return peelings(first, _wrappers)[-1]
-
 
 # %% ../../nbs/02a_backbone.weights.ipynb #8b1c363c
 def as_state(
@@ -209,7 +204,6 @@ def as_state(
     found = states_in(o)
     if not found: raise ValueError(_no_state(o, source))
     return {k:v for k,v in unprefixed(found[choose_state(found)]).state.items() if k!='n_averaged'}
-
 
 # %% ../../nbs/02a_backbone.weights.ipynb #1d88dde3
 _our_head = r'(backbone|pool)\.|head\.(neck|classifier|reduce|post|branches|heads|parts|streams|attend|gate|models)\b'
@@ -228,7 +222,7 @@ def _fastreid_era(state):
 
 def project_of(
     state:dict, # Name to tensor, without the prefixes of training programs
-)->str: # 'fastreid A', 'B' or 'C', 'bagtricks', 'transreid', 'torchreid', 'fastreid_nb', 'another project', 'imagenet'
+)->str: # 'fastreid A' to 'C', 'bagtricks', 'transreid', 'torchreid', 'fastreid_nb', 'another project', 'imagenet'
     "Which project wrote a file of weights"
     if era := _fastreid_era(state): return f'fastreid {era}'
     if _has(state, r'backbone\.', r'(?!backbone\.|pixel_)'):
@@ -238,7 +232,6 @@ def project_of(
     if _has(state, r'base\.'): return 'bagtricks'
     if _has(state, r'fc\.1\.running_mean') or _has(state, r'conv5\.conv\.', r'conv2\.0\.gate\.'): return 'torchreid'
     return 'torchreid' if _has(state, r'classifier\.') and not _has(state, r'features\.|blocks\.') else 'imagenet'
-
 
 # %% ../../nbs/02a_backbone.weights.ipynb #7925798e
 @dataclass
@@ -268,7 +261,6 @@ def _entry(found, entry, path):
         inside = {n.removeprefix(f'{entry}.'):v for n,v in state.items() if n.startswith(f'{entry}.')}
         if inside: return f'{k}.{entry}'.strip('.'),inside
     raise ValueError(f'{path} has no entry {entry!r}: its dictionaries of tensors are {list(found)}')
-
 
 # %% ../../nbs/02a_backbone.weights.ipynb #ef7a6847
 def _nothing_in(o, path):
@@ -302,7 +294,6 @@ def read_weights(
     names = {id(v):k for k,v in state.items()}
     return WeightsFile(path, peeled.state, project_of(peeled.state), said, peeled.dropped, names, o)
 
-
 # %% ../../nbs/02a_backbone.weights.ipynb #8be2cdda
 _parallel = nn.DataParallel,DistributedDataParallel,AveragedModel
 
@@ -323,7 +314,6 @@ def bare_names(
             if name.startswith(k): name = k + name.removeprefix(k).partition('.')[2]
         return name
     return {bare(k):k for k in net.state_dict() if k!='n_averaged'}
-
 
 # %% ../../nbs/02a_backbone.weights.ipynb #38437262
 def _hint(missing, extra):
@@ -385,11 +375,10 @@ def _check_numbers(own, used, source):
     if broken: raise ValueError(f'{source}: {len(broken)} entries hold NaN or infinity, such as {broken[:3]}; '
         'nothing was loaded. Was its training stable?')
 
-
 # %% ../../nbs/02a_backbone.weights.ipynb #b06c9c6c
 def load_backbone(
     net:nn.Module, # Network to put the weights into; changed in place
-    pretrained:bool|str|Path, # True downloads `url` once, an address https://… that file, a path reads; False: none
+    pretrained:bool|str|Path, # True downloads `url` once; or an address https://…, a path; False: none
     url:str|Callable='', # Address of the published file, or a function without arguments that gives it
     ignore:tuple=('fc.','classifier.'), # Beginnings of names that the file may have and the network not
     rename:Callable=None, # From the file's dictionary to one with the names of `net`
@@ -417,4 +406,3 @@ def _try(named, state):
     "The state under the names of a network; nothing if it is another network's"
     try: return named(state)
     except (ValueError,KeyError,IndexError,RuntimeError): return {}
-

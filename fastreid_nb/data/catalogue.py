@@ -22,9 +22,9 @@ from .core import ReIDData
 
 # %% ../../nbs/00j_data.catalogue.ipynb #204b3bfd
 from .images import market_dirs
-from .readers import (Benchmark, FileSource, benchmark_reader, black_reid, codes_of, cvf, dukemtmc, find_root,
-    first_there, market_like, market_row, msmt17, must_exist, occluded_duke, occluded_reid, p_dukemtmc, partial_ilids,
-    partial_reid, read_table, split_data)
+from .readers import (Benchmark, FileSource, benchmark_reader, black_reid, codes_of, cvf, dukemtmc,
+    find_root, first_there, market_like, market_row, msmt17, must_exist, occluded_duke, occluded_reid, p_dukemtmc,
+    partial_ilids, partial_reid, read_table, split_data)
 
 # %% ../../nbs/00j_data.catalogue.ipynb #dbc658dd
 def _reader(*args, **kwargs): return benchmark_reader(Benchmark(*args, **kwargs))
@@ -277,7 +277,7 @@ def cuhk03(
     classic:bool=False, # One of the 20 splits of 2014 instead of the new protocol of 2017?
     split:int=0, # Which of the 20, 0 to 19
     check:bool=True, # Compare the counts with the published ones, and warn where they differ?
-)->ReIDData: # New: 7,365 / 1,400 / 5,332 detected images of 767 / 700 / 700 people; classic: 1,367 and 100 people
+)->ReIDData: # New: 7,365 / 1,400 / 5,332 images of 767 / 700 / 700 people; classic: 1,367 and 100
     "CUHK03 from its .mat files; images are written as PNG files beside them at first use"
     b,kind = _cuhk03(labelled, classic),'labeled' if labelled else 'detected'
     images,mat = f'images_{kind}','cuhk03_release/cuhk-03.mat|cuhk-03.mat'

@@ -137,7 +137,7 @@ def scan_images(
     n_workers:int=None, # Processes; by default one per core, at most 16, on Linux, and none elsewhere
     progress:bool=True, # Show a bar that counts 256 images at a time?
     damage:bool=False, # Decode every JPEG in full, to see whether it is damaged inside?
-)->pd.DataFrame: # width, height (pixels), content, hash_a, hash_b, colour, contrast (grey levels), error, damaged
+)->pd.DataFrame: # width, height (pixels), content, hash_a, hash_b, colour, contrast, error, damaged
     "Look at each image once"
     df = df[[o for o in ('path','image',*box_columns) if o in df]].reset_index(drop=True)
     keys = image_keys(df)
@@ -184,7 +184,7 @@ def near_pairs(
     hashes:np.ndarray, # (N,W) uint64
     radius:int=10, # Bits in which two hashes may differ, 0 to 16
     groups:np.ndarray=None, # (N,) int; only pairs of one group are looked for
-    reach:int=None, # Neighbours in sorted order to compare each hash with, where many agree in a part; by default all
+    reach:int=None, # Neighbours in sorted order to compare each hash with, in a crowd; by default all
 ):
     "Yield arrays (i, j) of all pairs of `hashes` within `radius`, each pair once, in steps of at most N pairs"
     if not 0<=radius<=16:
@@ -205,7 +205,7 @@ def near_pairs(
             yield i[new],j[new]
 
 # %% ../../nbs/00f_data.copies.ipynb #14625fbe
-_reach = 256 # Neighbours looked at in a crowd: frames of one scene agree in most bits, and all pairs would be millions
+_reach = 256 # Neighbours looked at in a crowd: frames of one scene agree in most bits
 
 def _extremes(hashes, packed, among, radius, groups):
     "Smallest and largest of `packed` within `radius` of each hash, over the rows in `among`; -1 where there is none"

@@ -29,7 +29,7 @@ def visible(
 # %% ../../nbs/00_data.ipynb #a0365044
 def box_array(
     df:pd.DataFrame, # A split
-)->np.ndarray: # (N,4) left, top, right, bottom, pixels; zeros for the whole image; None without the four columns
+)->np.ndarray: # (N,4) left, top, right, bottom, pixels; 0 for the whole image; None without boxes
     "Boxes from the columns of `box_columns`"
     if not set(box_columns)<=set(df): return None
     given = df[box_columns]
@@ -54,9 +54,9 @@ def image_keys(
 # %% ../../nbs/00_data.ipynb #1b603850
 @dataclass(frozen=True, eq=False)
 class Protocol:
-    "Which images of the gallery a query does not look at, and over which galleries rank-k is taken; equal to its name"
+    "Which gallery images a query ignores, and over which galleries rank-k is taken; equal to its name"
     name:str # Shown in tables
-    source:str='camid' # Column; gallery images with the query's value are ignored. 'path' stands for the image itself
+    source:str='camid' # Column; gallery images with the query's value are ignored; 'path' is the image itself
     anyone:bool=False # Ignore them whoever they show, or only if they show the query's identity?
     draws:int=0 # Galleries of one random image per identity to average rank-k over; 0 takes the whole gallery
 
@@ -247,7 +247,7 @@ def matchable(
 def with_answers(
     data:ReIDData, # Changed in place
 )->ReIDData: # `data`
-    "Turn to the next strictest protocol, with a note, if the present one leaves no query an answer and that one does"
+    "Where the protocol leaves no query an answer, take the next strictest one that does, with a note"
     strict = data.protocol
     if not len(data.query) or matchable(data).any(): return data
     tracks = 'trackid' in data.query and 'trackid' in data.gallery
@@ -263,7 +263,7 @@ def with_answers(
 
 # %% ../../nbs/00_data.ipynb #3a59e538
 def _pick_queries(df, by):
-    "Index of the rows of `df`, in random order, to use as queries; `by` is the column that tells sources apart, if any"
+    "Index of the rows of `df`, in random order, to use as queries; column `by`, if any, tells sources apart"
     if by is None: return df[df.groupby('pid').pid.transform('size')>1].drop_duplicates('pid').index
     df = df[df.groupby('pid')[by].transform('nunique')>1]
     spare = df[df.groupby(['pid',by]).pid.transform('size')>1].drop_duplicates(['pid',by])

@@ -274,7 +274,7 @@ def _repr_html_(self:DoctorReport):
 
 # %% ../../nbs/00g_data.doctor.ipynb #39793f8c
 @patch
-def to_df(self:DoctorReport)->pd.DataFrame: # Severity, finding, split, row, path, pid, camid, other, detail, fix
+def to_df(self:DoctorReport)->pd.DataFrame: # severity, finding, split, row, path, pid, camid, other, …, fix
     "Every row of every finding"
     rows = [f.rows.assign(severity=f.severity, finding=f.what, fix=f.fix) for f in self.findings]
     return pd.concat([pd.DataFrame(columns=['severity','finding',*_columns,'fix']), *rows], ignore_index=True)

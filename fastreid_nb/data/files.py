@@ -295,7 +295,7 @@ def read_torch(
     path:str|Path, # File written by `torch.save`, or of safetensors
     what:str='weights', # What it should hold, for the errors
 ): # Tensors, numpy arrays and plain Python, on the CPU
-    "Read a file without running what is in it; the errors tell a missing, a broken, a foreign and an unsafe file apart"
+    "Read a file without running it; the errors tell a missing, a broken, a foreign and an unsafe file apart"
     path = _regular(path, what)
     part = damaged_part(path)
     if part: raise ValueError(f'{path} is damaged: the checksum of {part} in it is wrong. Get the file again')

@@ -202,7 +202,7 @@ def _four(o, column, row):
     raise ValueError(f'{column} in row {row} is {visible(o)[:80]!r}: expected four numbers, such as [10, 20, 40, 60]')
 
 def _box_parts(df):
-    "What kind of boxes `df` has, the columns they stand in, and their four numbers (N,4); None if there are none"
+    "What kind of boxes `df` has, their columns, and their four numbers (N,4); None if there are none"
     here = {re.sub('^(boundingbox|bbox|box|bb|rect|roi)(?=.)', '', _bare(o)):o for o in df}
     found = next(((k,o) for k,o in _forms if all(p in here for p in o)), None)
     if found and 'x3' not in here:
@@ -368,10 +368,10 @@ def _cut(px, box, name):
     raise ValueError(f'box {tuple(box)} lies outside the image {visible(name)} of {w}×{h} pixels')
 
 def read_image(
-    x, # Path, bytes of a file, PIL image, array (H,W,3) or (H,W), tensor (3,H,W) or (1,H,W); uint8, or float in [0,1]
-    box:tuple=None, # (left, top, right, bottom) of the part to read, in the upright image, pixels; None for all
+    x, # Path, bytes, PIL image, array (H,W,3) or (H,W), tensor (3,H,W) or (1,H,W); uint8, or float in [0,1]
+    box:tuple=None, # (left, top, right, bottom) of the part to read, upright, pixels; None for all
     name:str=None, # What to call the image in an error; by default the path
-    max_pixels:int=None, # What has more is refused before it is decoded; by default twice `Image.MAX_IMAGE_PIXELS`
+    max_pixels:int=None, # What has more is refused, not decoded; by default twice `Image.MAX_IMAGE_PIXELS`
     max_bytes:int=max_bytes, # A file, or member of an archive, that is larger is refused before it is read
 )->torch.Tensor: # (3,h,w) uint8 RGB, often a view with channels last
     "The image `x` in its own size, upright and RGB, whatever holds it and whatever mode it is stored in"

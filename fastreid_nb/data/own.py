@@ -102,7 +102,7 @@ def _alike(s, what):
     return [f'{what} {visible(a)!r} and {visible(b)!r} are taken for two; {len(first)} names differ in such details']
 
 def _codes(s, what):
-    "Whole numbers for `s`: themselves if they are whole already, else places in sorted order; -1 stays -1"
+    "Whole numbers for `s`: themselves if they are whole already, else positions in sorted order; -1 stays -1"
     if s.isna().any(): raise ValueError(f'{what} is missing {_row_of(s.isna())}')
     whole = pd.api.types.is_integer_dtype(s)
     number = s if whole else s.map({o:_value(o) for o in s.unique()})
@@ -169,7 +169,7 @@ def from_df(
     test_frac:float=.3, # Share of identities for testing when there is no split column, in [0,1]
     seed:int=0, # Of the splits made here
     cols:dict=None, # Our column → yours, such as `dict(pid='who')`
-    protocol:str|Protocol=None, # As in `ReIDData`; with 'leave_one_out' every test image is both query and gallery
+    protocol:str|Protocol=None, # As in `ReIDData`; with 'leave_one_out' all test images are query and gallery
 )->ReIDData: # Its `notes` say what was decided for you
     "Data from a table with one row per image"
     if not len(df): raise ValueError(f'the table of {name!r} is empty')
@@ -271,7 +271,7 @@ def read_table_text(
 # %% ../../nbs/00c_data.own.ipynb #30c2f2bf
 @delegates(from_df)
 def from_csv(
-    path:str|Path, # CSV file with columns path and pid; optional camid, split, and the others that `from_df` knows
+    path:str|Path, # CSV file with columns path and pid, and others that `from_df` knows
     root:str|Path=None, # Folder or zip archive the paths start from; by default the file's own folder
     name:str=None, # Name of the data set; by default the file's
     encoding:str=None, # Of the text; by default what its first bytes say, else UTF-8
@@ -359,7 +359,7 @@ def _folder_table(path, regex, notes):
 @delegates(from_df, but=['cols','root'])
 def from_folder(
     path:str|Path, # Folder or zip archive of images
-    regex:str=None, # Searched in each path; groups `pid`, `camid`, `trackid`. By default one folder per identity
+    regex:str=None, # Searched in each path; groups `pid`, `camid`, `trackid`; default: folders are identities
     name:str=None, # Name of the data set; by default the folder's
     **kwargs
 )->ReIDData: # Its `notes` say what was decided for you

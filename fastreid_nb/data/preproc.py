@@ -29,7 +29,7 @@ def _numbers(name, vals):
 class Preproc:
     "How an image becomes the input of one particular model; saved in its checkpoint"
     size:tuple=(256,128) # (height, width), pixels
-    resample:str='bicubic' # Resize filter: nearest, bilinear, bicubic or lanczos, all but the first anti-aliased
+    resample:str='bicubic' # Filter: nearest, bilinear, bicubic or lanczos, all but the first anti-aliased
     mean:tuple=(0.485,0.456,0.406) # RGB, in [0,1]; subtracted inside the model
     std:tuple=(0.229,0.224,0.225) # RGB, in [0,1]; divided by inside the model
 
@@ -59,7 +59,7 @@ class Preproc:
 @patch
 def resize(self:Preproc,
     px:torch.Tensor, # (3,h,w) uint8
-    exact:bool=True, # False lets torch do both: faster, and off by more than one level where an image is noisy
+    exact:bool=True, # False lets torch do both: faster, and further off where an image is noisy
 )->torch.Tensor: # (3,H,W) uint8, not always contiguous
     "The image in the size of the input, as Pillow would make it"
     torch_can,(h,w),(H,W) = self.resample in ('bilinear','bicubic'),px.shape[1:],self.size

@@ -22,7 +22,7 @@ from .images import is_image, list_files, list_images, market_dirs, market_names
 class FileSource:
     "Where the images of a split are, and what their names say"
     where:str # Folder, or list ending in .txt, below the folder of the set; of a|b the first that is there
-    regex:str # Of a whole path below `where`, or of a line of the list (with a group path): groups pid and camid
+    regex:str # Of a whole path below `where`, or of a line of a list (with a group path): groups pid, camid
     eg:str # A name, or a line, in the set's grammar
     cam:int=0 # Camera of all images, when names tell none
     keep:range=range(2**62) # Identities to read
@@ -32,7 +32,7 @@ class FileSource:
 
     def read(self,
         text:str, # Path or line
-    )->dict|None: # pid, camid and path as text, joined with groups pid2 and camid2 if there are; None for other text
+    )->dict|None: # pid, camid and path as text, joined with pid2 and camid2; None for other text
         "What `text` says"
         if not (m := re.fullmatch(self.regex, text)): return None
         said = dict(path=text, camid=str(self.cam)) | m.groupdict()
@@ -102,7 +102,7 @@ class Benchmark:
     year:int # Of publication
     folders:str # Names its folder goes by, as a|b
     parts:dict # Split → a `FileSource`, or a tuple of them
-    counts:dict # Split → (identities, images, cameras), None where unknown; or a list of such tuples, all right
+    counts:dict # Split → (identities, images, cameras), None where unknown; or a list of such, all right
     kind:str='person' # 'person', 'vehicle' or 'retrieval'
     protocol:str='market' # A name in `protocols`
     cam0:int=None # Number of the first camera, if names number them
@@ -141,7 +141,7 @@ def _all_match(regex, s):
     return all(map(re.compile(regex).fullmatch, s.unique()))
 
 def codes_of(s, first=None):
-    "Whole numbers for text: counted from `first` if all are numbers, else places in sorted order"
+    "Whole numbers for text: counted from `first` if all are numbers, else positions in sorted order"
     if s.dtype.kind!='i' and _all_match(r'-?\d+', s): s = s.astype(int)
     if first is not None and s.dtype.kind=='i': return s-first
     return pd.Series(np.unique(s.to_numpy(), return_inverse=True)[1], index=s.index)
@@ -236,7 +236,7 @@ def market1501(
     path:str|Path, # Folder that holds bounding_box_train, query and bounding_box_test, or the folder above it
     name:str='market1501', # Name of the data set
     distractors:bool=False, # Add the 500,000 images of the folder `images` to the gallery?
-)->ReIDData: # 12,936 / 3,368 / 15,913 images of 751 / 750 / 750 identities and six cameras in the published set
+)->ReIDData: # Published: 12,936 / 3,368 / 15,913 images of 751 / 750 / 750 identities, six cameras
     "Market-1501, or images laid out like it; junk is dropped, identity 0 is a distractor"
     root = _market_root(path)
     parts = {k:s for k,s in market_row.parts.items() if (root/s.where).is_dir()}
@@ -285,7 +285,7 @@ def msmt17(
     path:str|Path, # Folder MSMT17_V1 or MSMT17_V2, or the folder above it; V1 if both are there
     val:bool=True, # Train on list_val.txt too?
     check:bool=True, # Compare the counts with the published ones, and warn where they differ?
-)->ReIDData: # 32,621 (30,248 without val) / 11,659 / 82,161 images of 1,041 / 3,060 / 3,060 people and 15 cameras
+)->ReIDData: # 32,621 (30,248 without val) / 11,659 / 82,161 images of 1,041 / 3,060 / 3,060 people
     "MSMT17, version 1 or 2"
     needed = replace(_msmt17, parts={k:o for k,o in _msmt17.parts.items() if val or k!='val'})
     root = find_root(needed, path)

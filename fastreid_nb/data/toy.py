@@ -209,7 +209,7 @@ def _draw_once(base, dst, args, progress):
         raise OSError(e.errno, f'cannot write to {base} ({e.strerror}): give another folder for the images') from e
     with tempfile.TemporaryDirectory(dir=base) as d:
         _draw(Path(d)/'set', **args, progress=progress)
-        with contextlib.suppress(OSError): os.rename(Path(d)/'set', dst)  # another process may have been faster
+        with contextlib.suppress(OSError): os.rename(Path(d)/'set', dst)  # another process may be first
 
 # %% ../../nbs/00e_data.toy.ipynb #fcd37b85
 def toy_reid(

@@ -67,7 +67,7 @@ class FlattenPool(nn.Module):
 # %% ../../nbs/03a_pooling.parts.ipynb #656214f6
 def _ranges(n, k):
     "Where `k` cells of `n` rows begin and end"
-    return [(i*n//k, ((i+1)*n+k-1)//k) for i in range(k)] # no negative numbers: exporters round those towards 0
+    return [(i*n//k, ((i+1)*n+k-1)//k) for i in range(k)] # no negatives: exporters round those towards 0
 
 # %% ../../nbs/03a_pooling.parts.ipynb #79c8cbdf
 class GridGeM(GeM):
@@ -166,6 +166,6 @@ def cells(self:ABPool,
 @patch
 def forward(self:ABPool,
     fmap:torch.Tensor, # Feature map, (B,C,h,w)
-)->torch.Tensor: # Feature, (B,C*parts): all strips of the first channel, from top to bottom, then those of the next
+)->torch.Tensor: # Feature, (B,C*parts): all strips of the first channel, top to bottom, then of the next
     "Pool every strip"
     return self.cells(fmap).flatten(1)

@@ -31,7 +31,8 @@ from ..backbone.resnet import resnet50
 from ..heads.core import BNNeckHead
 from ..heads.model import ReIDModel, plain_tensor, reid_model
 from ..heads.speed import Speed, best_dtype, fastest
-from ..losses.core import CrossEntropy, ReIDLoss, TripletLoss
+from ..losses.core import CrossEntropy, ReIDLoss
+from ..losses.pairs import TripletLoss
 
 # %% ../../nbs/06_train.ipynb #ac1232bd
 def check_dtype(
@@ -96,10 +97,10 @@ class LogLines:
 def check_lr(
     lr, # What came as a learning rate; None is fine
 ):
-    "Refuse a learning rate, or the two ends of a slice, that is no number of 0 or more"
+    "Refuse a learning rate, or ends of a slice, that are no numbers of 0 or more, and 0 everywhere"
     ends = [lr.start,lr.stop] if isinstance(lr, slice) else np.ravel(lr).tolist()
-    for o in ends:
-        if o is not None: check_number('lr', o, 0)
+    given = [check_number('lr', o, 0) for o in ends if o is not None]
+    if given and not any(given): raise ValueError('lr=0: nothing would be learned; expected above 0, at least for one group')
 
 def check_monitor(
     cb:Callback, # Any callback
@@ -177,14 +178,21 @@ class SkipValidLoss(Callback):
     def before_batch(self):
         if not self.training: self.learn.yb = ()
 
+def _finite(x): return torch.as_tensor(x).detach().isfinite().all()
+
 class FiniteLoss(Callback):
     "End a fit whose loss is no number any more; looked at every 50 steps, so that no step waits for a GPU"
     order,run_valid,every = 45,False,50 # before Recorder
-    def before_fit(self): self.n_steps = self.n_bad = 0
+    def before_fit(self):
+        self.run = not hasattr(self.learn, 'lr_finder')
+        device = next(self.model.parameters()).device
+        self.n_steps,self.n_bad,self.bad_parts = 0,torch.zeros((), dtype=torch.int64, device=device),{}
     def before_train(self): self.start = self.n_steps
     def after_batch(self):
-        loss = self.loss.detach()
-        self.n_bad = torch.where(loss.isfinite().all(), 0, self.n_bad+1)
+        parts = {k:~_finite(v) for k,v in getattr(self.loss_func, 'parts', {}).items()}
+        # of the terms those count that were bad where the loss went wrong, not later when the weights are NaN too
+        self.bad_parts = {k:torch.where(self.n_bad==0, o, self.bad_parts.get(k, o)) for k,o in parts.items()}
+        self.n_bad = torch.where(_finite(self.loss), 0, self.n_bad+1)
         self.n_steps += 1
         if self.n_steps%self.every==0: self._look(self.every)
 
@@ -198,7 +206,15 @@ class FiniteLoss(Callback):
     def _stop(self, n):
         step,lr = self.n_steps-n+1,max(o['lr'] for o in self.opt.hypers)
         raise ValueError(f'the loss is no finite number since step {step} of this fit (epoch {self.epoch}, learning '
-            f'rate {lr:.3g}): training diverged; try a lower lr, a longer warm-up or float32')
+            f'rate {lr:.3g}){self._where()}: training diverged; try a lower lr, a longer warm-up or float32')
+
+    def _where(self):
+        "Which terms of the loss it began in"
+        bad = [k for k,o in self.bad_parts.items() if o]
+        if not bad: return ''
+        if len(bad)<len(self.bad_parts): return f', which began in {", ".join(bad)}'
+        return f', in every term ({", ".join(bad)}), so that the model itself gave no numbers'
+
 
 # %% ../../nbs/06_train.ipynb #1e8159f4
 class FusedAdam(OptimWrapper):
@@ -302,7 +318,7 @@ def reid_learner(
     path:str|Path='.', # Folder of fastai's own files
 )->ReIDLearner: # With `reid_cbs`, `ScoreReID` and `Amp` among its callbacks
     "A fastai learner with model, loss, optimiser, mixed precision and scoring set up for re-identification"
-    check_number('lr', lr, 0)
+    check_lr(lr)
     check_number('wd', wd, 0)
     check_dtype(dtype)
     if model is None:
