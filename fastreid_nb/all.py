@@ -45,6 +45,7 @@ from .losses.core import *
 from .train.core import *
 from .train.schedules import *
 from .train.checkpoint import *
+from .train.averages import *
 from .eval.core import *
 from .eval.features import *
 from .eval.inference import *
