@@ -87,7 +87,7 @@ class Averages(Callback):
         self._show(False)
         self.avg = None
 
-# %% ../../nbs/06d_train.averages.ipynb #0e528fb4
+# %% ../../nbs/06d_train.averages.ipynb #aaf7eea7
 @patch(as_prop=True)
 def _rec(self:Averages): return getattr(self.learn, 'recorder', None)
 
@@ -105,6 +105,7 @@ def _score(self:Averages):
     res = self.learn.evaluate(score.dist, progress=False)
     return [res.mAP,res.rank(1)]
 
+# %% ../../nbs/06d_train.averages.ipynb #de4d12b8
 @patch
 def _show(self:Averages, average):
     "Put the average into the model, or the trained weights back"
