@@ -46,6 +46,7 @@ from .train.core import *
 from .train.schedules import *
 from .train.checkpoint import *
 from .train.averages import *
+from .train.watch import *
 from .eval.core import *
 from .eval.features import *
 from .eval.inference import *
