@@ -52,6 +52,8 @@ from .train.core import *
 from .train.schedules import *
 from .train.checkpoint import *
 from .train.groups import *
+from .train.averages import *
+from .train.watch import *
 from .train.finetune import *
 from .eval.core import *
 from .eval.features import *
