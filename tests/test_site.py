@@ -120,7 +120,7 @@ def faults(body, src='05_losses.ipynb'):
 @pytest.mark.parametrize('body,rule', [
     ('<img src="a.png">', 'no_alternative'), ('<img src="a.png" alt=" ">', 'no_alternative'),
     ('<p>As follows:</p><h2>B</h2>', 'open_sentences'), ('<p>As follows:</p><p>Text</p>', 'open_sentences'),
-    ('<p>As follows:</p>', 'open_sentences'),
+    ('<p>As follows:</p>', 'open_sentences'), ('<p>As follows:</p><h3>B</h3><p>Text</p>', 'open_sentences'),
     ('<pre class="python cell example"><code>' + 'x'*91 + '</code></pre>', 'long_lines'),
     ('<p>See <code>06_train</code>.</p>', 'unlinked_notebooks')])
 def test_planted_fault(body, rule): assert list(faults(body))==[rule]
@@ -128,6 +128,7 @@ def test_planted_fault(body, rule): assert list(faults(body))==[rule]
 @pytest.mark.parametrize('body', [
     '<img src="a.png" alt="Two curves">', '<p>As follows:</p><pre>x</pre>', '<p>As follows:</p><ul><li>a:</li></ul>',
     '<p>As follows:</p><hr/><p><a href="x">source</a></p><h3>f</h3><div class="sourceCode"><pre>x</pre></div>',
+    '<p>As follows:</p><hr/><p><a href="x">source</a></p><h3>f</h3><p><em>Adds one</em></p><table><tr><td>n</td></tr></table>',
     '<p>As follows:</p><details><summary>Source of f</summary><pre>x</pre></details>',
     '<pre class="python cell example"><code>' + 'x'*90 + '</code></pre>',
     '<pre class="python cell library"><code>' + 'x'*110 + '</code></pre>',

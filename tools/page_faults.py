@@ -8,7 +8,7 @@ void = {'img','br','hr','meta','link','input','col','source','wbr'}
 
 class Outline(HTMLParser):
     "The blocks of a page's text in their order: (tag, classes, text), where headings, paragraphs and code do not nest"
-    kinds = {'p','pre','h1','h2','h3','h4','h5','table','ul','ol','details','blockquote','img','math','div','summary'}
+    kinds = {'p','pre','h1','h2','h3','h4','h5','table','ul','ol','details','blockquote','img','math','div','summary','hr'}
     def __init__(self, text):
         super().__init__()
         self.blocks,self.stack,self.images,self.naked = [],[],[],[]
@@ -39,16 +39,14 @@ def no_alternative(pages, outlines):
         for img in o.images:
             if not (img.get('alt') or '').strip(): yield f'{src}: {img["src"][:60]} has no alternative text; give its cell a line #| fig-alt:'
 
-def is_api(block): return block[0] in ('h3','h4') or block[0]=='p' and block[2].strip()=='source'
-
 def open_sentences(pages, outlines):
-    "Sentences that end in a colon before nothing; the name of a function and its source are something"
+    "Sentences that end in a colon before nothing; an API block, which begins with a line, is something"
     for src,o in outlines.items():
         blocks = [b for b in o.blocks if b[0]!='summary' and (b[2].strip() or b[0] not in ('p','div'))]
         for i,b in enumerate(blocks):
             if b[0]!='p' or not b[2].rstrip().endswith(':') or b[3]: continue
-            after = next((o for o in blocks[i+1:] if not is_api(o)), ['end'])
-            if after[0] in ('p','h1','h2','h5','end'): yield f'{src}: nothing follows "…{b[2].strip()[-60:]}"'
+            after = blocks[i+1] if i+1<len(blocks) else ['end',[],'',False]
+            if after[0] in ('p','h1','h2','h3','h4','h5','end'): yield f'{src}: nothing follows "…{b[2].strip()[-60:]}"'
 
 def long_lines(pages, outlines):
     "Lines of examples that do not fit"
