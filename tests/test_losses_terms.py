@@ -144,6 +144,13 @@ def test_an_image_is_not_compared_with_itself():
     for step in range(3): val = faulty(ReIDOut(None, x, x), pid+4*step)
     assert val>0.1   # itself as its only positive
 
+@pytest.mark.parametrize('circle', [False,True])
+def test_empty_places_are_nobody(circle):
+    out,pid = batch()
+    x,same = F.normalize(out.emb),pid[:,None]==pid
+    alone = unified_loss(x@x.T, same.clone().fill_diagonal_(False), ~same, 0.25, 32., circle)
+    torch.testing.assert_close(QueueLoss(n_feat, 500, circle=circle)(out, pid), alone)
+
 def test_gradients_survive_the_next_batch():
     "Two forward passes before a backward pass, as when gradients are accumulated"
     for name in ('queue','centroid'):
@@ -338,6 +345,17 @@ def test_mixes(make):
     val = loss(out, pid)
     val.backward()
     assert val.isfinite() and len(loss.names)==2 and 'triplet' in loss.names
+
+def test_competition_by_its_formula():
+    out,pid = batch(torch.arange(6).repeat(3).tolist())
+    d = dists(out.emb.detach(), 'cosine')
+    same = pid[:,None]==pid
+    pos,neg = d.masked_fill(~same, -1).argmax(1),d.masked_fill(same, 9).argmin(1)   # chosen on the embedding
+    f = dists(out.feat.detach(), 'cosine')                                          # compared on the feature
+    rows = torch.arange(len(pid))
+    pull = (f[rows,pos]-f[rows,neg]+0.3).clamp(min=0).mean()
+    want = 0.1*F.cross_entropy(out.logits, pid, label_smoothing=0.1)+0.9*pull
+    assert abs(competition_loss()(out, pid).item()-want.item())<1e-5
 
 def test_weights_of_mgn():
     outs,pid = [batch(torch.arange(6).repeat(3).tolist(), seed=o)[0] for o in range(8)],torch.arange(6).repeat(3)
