@@ -47,6 +47,7 @@ from .train.schedules import *
 from .train.checkpoint import *
 from .train.averages import *
 from .train.watch import *
+from .train.cached import *
 from .eval.core import *
 from .eval.features import *
 from .eval.inference import *
