@@ -54,6 +54,7 @@ from .train.checkpoint import *
 from .train.groups import *
 from .train.averages import *
 from .train.watch import *
+from .train.cached import *
 from .train.finetune import *
 from .eval.core import *
 from .eval.features import *
