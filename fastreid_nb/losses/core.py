@@ -83,9 +83,27 @@ class LossTerm(nn.Module):
         super().__init__()
         self.weight = check_number('weight', weight, 0)
 
-    def loss(self, x, pid): raise NotImplementedError(f'{type(self).__name__} has no `loss(x, pid)`')
-    def check(self, xs, pid, lo, hi): pass
-    def inputs(self, out, pid): return [(o,) for o in _parts(getattr(out, self.on), pid)]
+    def loss(self,
+        x:torch.Tensor, # What `inputs` gives for one part, (B,…)
+        pid:torch.Tensor, # Identity of each image, (B,) int64
+    )->torch.Tensor: # Scalar
+        "The term on one part"
+        raise NotImplementedError(f'{type(self).__name__} has no `loss(x, pid)`')
+
+    def check(self,
+        xs:list, # What is compared, one tensor for each part
+        pid:torch.Tensor, # Identity of each image, (B,) int64
+        lo:int, # Smallest identity; None on a GPU
+        hi:int, # Largest identity; None on a GPU
+    ):
+        "Refuse what the term cannot be computed on"
+
+    def inputs(self,
+        out:ReIDOut, # Outputs of a model in training
+        pid:torch.Tensor, # Identity of each image, (B,) int64
+    )->list: # A tuple for each part: what `loss` gets before the identities
+        "What is compared, part by part"
+        return [(o,) for o in _parts(getattr(out, self.on), pid)]
 
     def forward(self,
         out:ReIDOut, # Outputs of a model in training; of several parts the mean is taken

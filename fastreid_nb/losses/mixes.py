@@ -34,7 +34,7 @@ def mgn_loss(
 def competition_loss(
     margin:float=0.3, # Of the triplet, in units of 2−2cos; it may be raised during training
     identity:float=0.1, # Share of the identity loss, in [0,1]; the triplet has the rest
-)->ReIDLoss:
+)->ReIDLoss: # With the terms 'ce' and 'triplet'
     "Little identity, much triplet: cosine distances, pairs chosen on the embedding and reused on the feature"
     check_number('identity', identity, 0, 1)
     triplet = TripletLoss(margin, 'cosine', on='feat', chosen_on='emb', weight=1-identity)

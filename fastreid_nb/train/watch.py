@@ -45,7 +45,10 @@ class Watch(Callback):
         if self.n_bad>=self.patience: raise ValueError(f'step {self.n_steps} of this fit, epoch {self.epoch}: {why}')
 
     def collect(self): "Append a tensor to `rows`, without looking at its values"
-    def diagnose(self, rows): "The reason to stop, given the tensors since the last look, stacked; or nothing"
+    def diagnose(self,
+        rows:torch.Tensor, # What was collected since the last look, stacked
+    )->str: # The reason to stop; nothing to go on
+        "Look at the last steps"
 
 # %% ../../nbs/06e_train.watch.ipynb #b1ffdc5e
 class WatchLoss(Watch):
