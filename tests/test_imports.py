@@ -9,7 +9,7 @@ def modules():
     "All modules of the library, by name"
     paths = sorted((root/lib).rglob('*.py'))
     names = ['.'.join(o.relative_to(root).with_suffix('').parts) for o in paths]
-    return [o for o in names if not o.endswith(('__init__', '_modidx'))]
+    return [o for o in names if not o.endswith(('__init__', '_modidx', '_site'))]   # the last belongs to nbdev
 
 # ---- what runs in processes of its own: this file as a program
 
