@@ -135,7 +135,7 @@ def test_what_sleeps_does_not_move(learn, what, still):
     learn.fit(2, 1e-2, wd=.5, cbs=FreezeLayers(*what))
     change = moved(before, weights(learn))
     assert change and not [k for k in change if k.startswith(still)]
-    assert not any(learn.opt.state[p] for o in what for p in (learn.opt.param_lists[o] if isinstance(o, int) else named_params(learn.model, o)))
+    assert not any(p in learn.opt.opt.state for o in what for p in (learn.opt.param_lists[o] if isinstance(o, int) else named_params(learn.model, o)))
 
 def test_it_wakes_up_at_its_iteration(learn):
     n,seen = len(learn.dls.train)+1,[]

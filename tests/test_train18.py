@@ -78,7 +78,7 @@ def test_five_steps(name, dls, tmp_path):
     off = errors(name, losses, feats)
     tight = name.endswith('frozen') # no chaos without a backbone that moves
     assert off[0]<(1e-5 if tight else 1e-3) and off[1]<(1e-5 if tight else 5e-3)
-    body,rest = ([bool(learn.opt.state[p]) for p in o] for o in learn.opt.param_lists)
+    body,rest = ([p in learn.opt.opt.state for p in o] for o in learn.opt.param_lists)
     assert all(rest) and set(body)=={not name.endswith('frozen')} # no state for what is frozen
     assert all(p.requires_grad for p in learn.model.parameters())
 

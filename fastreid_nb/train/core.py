@@ -234,12 +234,11 @@ def reid_adam(
     sqr_mom:float=.999, # Share kept of the average squared gradient, in [0,1)
     eps:float=1e-8, # Added to the root of that average
     wd:float=5e-4, # L2 weight decay, added to the gradient
-    fused:bool=None, # torch's fused kernel instead of fastai's loop over the parameters? By default on CUDA
+    fused:bool=True, # torch's fused kernel instead of fastai's loop over the parameters?
 ): # fastai optimiser
     "Adam as the recipes use it"
     params = list(params)
     lists = params if isinstance(params[0], (L,list)) else [params]
-    if fused is None: fused = all(p.is_cuda for o in lists for p in o)
     if not fused: return Adam(params, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, decouple_wd=False)
     groups = [dict(params=list(o)) for o in lists]
     return FusedAdam(opt=torch.optim.Adam(groups, lr=lr, betas=(mom,sqr_mom), eps=eps, weight_decay=wd, fused=True))
