@@ -315,7 +315,7 @@ def reid_learner(
     seed:int=0, # Of the model's initial weights
     cbs:list=None, # Further callbacks
     path:str|Path='.', # Folder of fastai's own files
-)->ReIDLearner: # With `reid_cbs`, `ScoreReID` and `Amp` among its callbacks
+)->ReIDLearner: # With `reid_cbs`, `ScoreReID`, `WatchLoss` and `Amp` among its callbacks
     "A fastai learner with model, loss, optimiser, mixed precision and scoring set up for re-identification"
     check_lr(lr)
     check_number('wd', wd, 0)
@@ -330,6 +330,6 @@ def reid_learner(
     speed = fastest(dls.device) if dtype is None else Speed(dtype)
     model,loss = model.to(dls.device, memory_format=speed.memory_format),loss or reid_loss()
     if isinstance(loss, nn.Module): loss.to(dls.device)
-    cbs = [*(o() for o in reid_cbs), later('ScoreReID')(), Amp(dtype), *L(cbs)]
+    cbs = [*(o() for o in reid_cbs), later('ScoreReID')(), later('WatchLoss')(), Amp(dtype), *L(cbs)]
     return ReIDLearner(dls, model, loss, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=True, train_bn=False,
         splitter=partial(reid_splitter, loss=loss), cbs=cbs, path=path)

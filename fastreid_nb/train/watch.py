@@ -84,7 +84,7 @@ def plot_losses(self:Recorder,
     figsize:tuple=None, # (width, height), inches
 ): # Axes, one per term
     "Plot every term of the loss: steps, and the means of epochs"
-    if not getattr(self, 'parts', None): raise ValueError('no terms were recorded: give the fit cbs=WatchLoss()')
+    if not getattr(self, 'parts', None): raise ValueError('no terms were recorded: fit a learner that has WatchLoss() among its callbacks')
     import matplotlib.pyplot as plt
     n = len(self.parts)
     fig,axs = plt.subplots(1, n, figsize=figsize or (3.2*n,2.3), squeeze=False, layout='constrained')
