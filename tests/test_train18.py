@@ -82,7 +82,7 @@ def test_five_steps(name, dls, tmp_path):
     assert all(rest) and set(body)=={not name.endswith('frozen')} # no state for what is frozen
     assert all(p.requires_grad for p in learn.model.parameters())
 
-@pytest.mark.parametrize('name', variants())
+@pytest.mark.parametrize('name', [o for o in variants() if o is None or o.endswith('frozen') or o=='bagtricks'])
 def test_five_steps_in_single_precision(name, dls, tmp_path):
     if name is None: missing('models/train*.npz')
     off = errors(name, *five_steps(name, dls, tmp_path, torch.float32)[:2])
