@@ -26,5 +26,5 @@ setup(
         'Programming Language :: Python :: 3 :: Only'],
     packages=find_packages(include=[lib, f'{lib}.*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={o:cfg[f'{o}_requirements'].split() for o in ('dev','cuhk03','timm')},
+    extras_require={o:cfg[f'{o}_requirements'].split() for o in ('dev','cuhk03','timm','dist')},
     entry_points={'console_scripts':cfg['console_scripts'].split(), 'nbdev':[f'{lib} = {lib}._docidx:d']})

@@ -13,6 +13,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastcore.basics import patch
 from fastcore.foundation import L
 from ..data.core import matchable
+from ..train.distributed import gather_rows
 from .features import cosine_dist, evaluate
 from .inference import data_of, emb_of, fetch, join, split_emb
 
@@ -68,7 +69,9 @@ def _is_due(self:ScoreReID):
 
 @patch
 def _score(self:ScoreReID):
-    q,g = split_emb(join(self.embs, self.dls.device), data_of(self.dls))
+    data = data_of(self.dls)
+    emb = gather_rows(join(self.embs, self.dls.device), len(data.query)+len(data.gallery))
+    q,g = split_emb(emb, data)
     return evaluate(q, g, self.dist, device=self.dls.device)
 
 # %% ../../nbs/07d_eval.score.ipynb #851c1cfe

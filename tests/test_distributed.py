@@ -1,0 +1,111 @@
+"""Two processes on the CPU, connected by gloo, against one: losses, scores, statistics, order of gathered rows, and an end without a hang.
+
+All of it in one pair of processes, because most of their time goes into starting."""
+import json, os, socket, subprocess, sys, time
+
+import pytest
+
+script = '''
+import json, os, sys, torch
+from fastai.callback.core import Callback
+from fastreid_nb.all import *
+from fastreid_nb.train.distributed import AllRows, processes
+from torch import nn
+
+torch.set_num_threads(1)
+folder,p,out = sys.argv[1],int(sys.argv[2]),sys.argv[3]
+rank = int(os.environ.get('RANK', 0))
+
+def tiny():
+    net = nn.Sequential(nn.Conv2d(3, 16, 5, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2))
+    net.n_feat = 32
+    return net
+
+class Note(Callback):
+    run_valid = False
+    def before_fit(self): self.seen = []
+    def after_loss(self): self.seen.append(self.learn.loss.item())
+
+class Dies(Callback):
+    def before_batch(self):
+        if rank: os._exit(7)
+
+data = toy_reid(folder, n_ids=23, progress=False)
+dls = reid_dls(data, (64,32), p, 4, augs=[], num_workers=0, val_bs=20)
+note,res = Note(),{}
+for name,kw in dict(all={}, own_triplets=dict(gather=False)).items():
+    learn = reid_learner(dls, tiny, dtype=torch.float32).across_processes(minutes=1, **kw)
+    dls.train.epoch = 0
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 3e-3, cbs=note)
+    bn = learn.model.backbone[1]
+    res[name] = dict(losses=note.seen, mAP=learn.reid_result.mAP, mean=bn.running_mean.tolist(), var=bn.running_var.tolist(),
+        weight=learn.model.head.classifier.weight[0].tolist(), forward='forward' in vars(bn), batches=dls.train.batches is pk_batches)
+if processes()>1:
+    mine = torch.arange(7.)[rank::2]
+    res['rows'] = gather_rows(mine, 7).tolist()
+    x = torch.full((2,1), rank+1., requires_grad=True)
+    (AllRows.apply(x).pow(2)*torch.arange(4.)[:,None]).sum().backward()
+    res['grad'] = x.grad.ravel().tolist()
+json.dump(res, open(f'{out}{rank}.json', 'w'))
+if processes()>1:
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=Dies())
+'''
+
+def start(tmp, name, p, **env):
+    env = dict(os.environ, OMP_NUM_THREADS='1', **env)
+    words = [sys.executable, tmp/'s.py', tmp/'toy', str(p), tmp/name]
+    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "What one process and each of two wrote; how the two ended, and after how many seconds the survivor did"
+    tmp = tmp_path_factory.mktemp('dist')
+    (tmp/'s.py').write_text(script)
+    alone = start(tmp, 'one', 8)
+    assert alone.wait(300)==0, alone.stdout.read()
+    net = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE='2')
+    pair = [start(tmp, 'two', 4, RANK=str(r), LOCAL_RANK=str(r), **net) for r in range(2)]
+    codes = [pair[1].wait(300)]
+    died = time.monotonic()
+    codes.insert(0, pair[0].wait(100))
+    said = [o.stdout.read() for o in pair]
+    read = lambda o: json.loads((tmp/f'{o}.json').read_text()) if (tmp/f'{o}.json').exists() else pytest.fail('\n'.join(said))
+    return dict(one=read('one0'), two=[read('two0'),read('two1')], codes=codes, seconds=time.monotonic()-died, said=said)
+
+def test_two_learn_what_one_learns(runs):
+    one = runs['one']['all']
+    for two in (o['all'] for o in runs['two']):
+        assert len(two['losses'])==len(one['losses'])>4
+        assert two['losses']==pytest.approx(one['losses'], rel=1e-4)
+        assert two['mAP']==pytest.approx(one['mAP'], abs=1e-4)
+        for k in ('mean','var','weight'): assert two[k]==pytest.approx(one[k], rel=1e-2, abs=2e-4), k
+
+def test_all_processes_hold_the_same_weights(runs):
+    for name in ('all','own_triplets'):
+        a,b = (o[name] for o in runs['two'])
+        assert a['weight']==b['weight'] and a['mAP']==b['mAP']
+
+def test_own_triplets_are_another_training(runs):
+    a,b = (o['own_triplets']['losses'] for o in runs['two'])
+    assert a!=b # each process sees the loss of its part
+    assert runs['two'][0]['own_triplets']['weight']!=runs['two'][0]['all']['weight']
+
+def test_loader_and_norms_are_given_back(runs):
+    assert all(o['all']['batches'] and not o['all']['forward'] for o in runs['two'])
+
+def test_rows_come_in_the_order_of_the_table(runs):
+    assert all(o['rows']==list(range(7)) for o in runs['two'])
+
+def test_gradients_of_gathered_rows_come_back(runs):
+    "The sum over rows i of i·x², seen by both processes: 2·2·i·x"
+    assert [o['grad'] for o in runs['two']]==[[0.,4.],[16.,24.]]
+
+def test_a_process_that_dies_ends_the_others(runs):
+    assert runs['codes'][1]==7 and runs['codes'][0]==1
+    assert runs['seconds']<60
+    assert 'another one ended' in runs['said'][0]
