@@ -1,4 +1,4 @@
-"Tests compute on the CPU, on machines with a GPU too"
+"Tests compute on the CPU, on machines with a GPU too; and what several files train with"
 import os, pytest
 
 # fastai sends loaders and learners to the GPU if there is one. The tests compare what comes out of them with tensors
@@ -14,3 +14,25 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     import torch
     if item.get_closest_marker('cuda') and not torch.cuda.is_available(): pytest.skip('needs CUDA and `pytest -m cuda`')
+
+# What many files train with. Imports stand inside, because nothing may import torch before the GPU is hidden.
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    "Eight drawn people; no test may change their files"
+    from fastreid_nb.data.toy import toy_reid
+    return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
+
+@pytest.fixture(scope='module')
+def dls(data):
+    from tiny_models import tiny_dls
+    return tiny_dls(data)
+
+@pytest.fixture
+def learn(dls):
+    "A new learner that writes nothing, in float32"
+    import torch
+    from fastreid_nb.train.core import reid_learner
+    from tiny_models import TinyNet
+    l = reid_learner(dls, TinyNet, dtype=torch.float32)
+    with l.no_bar(), l.no_logging(): yield l

@@ -4,10 +4,9 @@ import pytest, torch
 from fastai.callback.core import Callback
 from fastcore.basics import noop
 from torch import nn
+from tiny_models import TinyNet, tiny_dls
 from fastreid_nb.augment.core import hflip, pad_crop
-from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.backbone.resnet import resnet18
-from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.heads.core import BNNeckHead, LinearHead, ReductionHead
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.heads.parts import pcb
@@ -16,24 +15,12 @@ from fastreid_nb.train.cached import FeatureModel, cached_learner, in_order, poo
 from fastreid_nb.train.checkpoint import load_reid
 from fastreid_nb.train.core import reid_learner
 
-class TinyNet(nn.Sequential):
-    n_feat = 8
-    def __init__(self): super().__init__(nn.Conv2d(3,8,3,4,1), nn.BatchNorm2d(8), nn.ReLU())
-
 class CameraNet(TinyNet):
     n_cams = 6
     def __init__(self):
         super().__init__()
         self.offset = nn.Parameter(torch.arange(6)/10)
     def forward(self, x, camid): return super().forward(x + self.offset[camid].view(-1, 1, 1, 1))
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
-
-def loaders(data, augs=(), **kwargs): return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=list(augs), **kwargs)
-
-@pytest.fixture(scope='module')
-def dls(data): return loaders(data)
 
 def learner(dls, net=TinyNet, dtype=torch.float32, **kwargs):
     "A learner that writes nothing"
@@ -49,8 +36,8 @@ def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k 
 def test_the_same_training(dls, head):
     "Without augmentation, losses, head and scores are those of a fit with a frozen backbone"
     slow,fast = (learner(dls, pool=GlobalAvgPool, head=head) for _ in range(2))
-    slow.fit_warmup_cos(3, 1e-2, freeze_iters=10**6)
-    small = fast.fit_head(3, 1e-2, flip=False)
+    slow.fit_warmup_cos(2, 1e-2, freeze_iters=10**6)
+    small = fast.fit_head(2, 1e-2, flip=False)
     assert torch.allclose(torch.stack(slow.recorder.losses), torch.stack(small.recorder.losses), atol=1e-4)
     a,b = values(slow.model),values(fast.model)
     for k in a: assert torch.allclose(a[k].float(), b[k].float(), atol=1e-4), k
@@ -58,15 +45,15 @@ def test_the_same_training(dls, head):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_only_the_head_changes(data, dtype):
-    learn = learner(loaders(data, [hflip,pad_crop]), pool=GeM, dtype=dtype)
+    learn = learner(tiny_dls(data, [hflip,pad_crop]), pool=GeM, dtype=dtype)
     before = values(learn.model)
-    small = learn.fit_head(3, 1e-2, n_augs=1)
+    small = learn.fit_head(2, 1e-2, n_augs=1)
     moved = {k for k,v in values(learn.model).items() if not torch.equal(v, before[k])}
     assert moved and all(k.startswith('head.') for k in moved)
-    assert all(p.requires_grad for p in learn.model.parameters()) and learn.model.n_epochs==3
+    assert all(p.requires_grad for p in learn.model.parameters()) and learn.model.n_epochs==2
     assert learn.evaluate(progress=False).mAP==pytest.approx(small.reid_result.mAP, abs=.02 if dtype==torch.bfloat16 else 1e-4)
     learn.fit(1, 1e-3)
-    assert learn.model.n_epochs==4
+    assert learn.model.n_epochs==3
 
 def test_result_is_a_whole_model(dls, tmp_path):
     learn = learner(dls, resnet18)
@@ -78,7 +65,7 @@ def test_result_is_a_whole_model(dls, tmp_path):
 
 def test_views(data):
     "Plain, mirrored, then augmented ones that differ; the same for a seed"
-    dls = loaders(data, [pad_crop])
+    dls = tiny_dls(data, [pad_crop])
     model = learner(dls).model.eval()
     a,b = (train_views(model, dls.train, torch.float32, True, 2) for _ in range(2))
     assert torch.equal(a, b) and a.shape==(4, len(data.train), 8)

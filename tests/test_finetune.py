@@ -1,22 +1,14 @@
 "The trial for a learning rate leaves no trace, the best epoch is kept, and a frozen body stays as it was"
 import pytest, torch
 from fastai.callback.core import Callback
-from torch import nn
 
 from fastreid_nb.data.subsets import *
-from fastreid_nb.data.toy import toy_reid
-from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.train.core import reid_learner
 from fastreid_nb.train.finetune import KeepBest
-
-class TinyNet(nn.Sequential):
-    n_feat = 8
-    def __init__(self): super().__init__(nn.Conv2d(3,8,3,4,1), nn.BatchNorm2d(8), nn.ReLU())
+from tiny_models import TinyNet, tiny_dls
 
 @pytest.fixture(scope='module')
-def dls(tmp_path_factory):
-    data = toy_reid(tmp_path_factory.mktemp('toy'), n_ids=20, size=(32,16), progress=False).holdout(.3)
-    return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
+def dls(data): return tiny_dls(data.holdout(.3))
 
 @pytest.fixture
 def learn(dls, tmp_path):

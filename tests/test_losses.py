@@ -36,7 +36,7 @@ def test_triplet_against_a_loop(seed, margin, dist, on):
     assert abs(got.item()-loop_triplet(getattr(out, on), pid, margin, dist))<1e-5
 
 @pytest.mark.parametrize('pids', [[0,0,1,1,2], [5,0,0,0,9], [0,1,2,3]])
-def test_triplet_with_few_pictures(pids):
+def test_triplet_with_few_images(pids):
     x,pid = torch.randn(len(pids), 4),torch.tensor(pids)
     assert abs(batch_hard_triplet(x, pid).item()-loop_triplet(x, pid, 0.3, 'euclidean'))<1e-5
 
@@ -103,18 +103,18 @@ def test_smoothing_against_torch(eps, k):
 def test_one_class_costs_nothing():
     for s in ('all','others'): assert smooth_cross_entropy(torch.randn(3, 1), torch.zeros(3, dtype=torch.long), 0.1, s)==0
 
-@pytest.mark.parametrize('loss', [CrossEntropy(), TripletLoss(), TripletLoss(None, 'cosine', 'emb'), ReIDLoss(CrossEntropy(), TripletLoss())])
-def test_parts_are_averaged(loss):
+# What holds for every term is tested in test_losses_terms.py; here it is their sum
+
+def test_parts_are_averaged():
+    loss = ReIDLoss(CrossEntropy(), TripletLoss(None, 'cosine', 'emb'))
     (a,pid),(b,_) = batch(seed=1),batch(seed=2)
     both = ReIDOut([x, y] for x,y in zip(a, b))
-    pid_b = pid
-    torch.testing.assert_close(loss(both, pid), (loss(a, pid)+loss(b, pid_b))/2)
+    torch.testing.assert_close(loss(both, pid), (loss(a, pid)+loss(b, pid))/2)
 
-@pytest.mark.parametrize('loss', [CrossEntropy(), TripletLoss(), ReIDLoss(CrossEntropy(), TripletLoss())])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_loss_dtype(loss, dtype):
+def test_loss_dtype(dtype):
     out,pid = batch()
-    got = loss(ReIDOut(o.to(dtype) for o in out), pid)
+    got = ReIDLoss(CrossEntropy(), TripletLoss())(ReIDOut(o.to(dtype) for o in out), pid)
     assert got.dtype==(torch.float64 if dtype==torch.float64 else torch.float32) and got.ndim==0
 
 def test_weighted_sum_and_parts():
@@ -140,9 +140,8 @@ def test_terms_with_weights_of_their_own_are_trained():
     term.name,loss = 'own',ReIDLoss(CrossEntropy(), term)
     assert list(loss.parameters())==[term.weight]
 
-@pytest.mark.parametrize('loss', [CrossEntropy(), TripletLoss(), ReIDLoss(CrossEntropy())])
-def test_bad_batches(loss):
-    out,pid = batch()
+def test_bad_batches():
+    loss,(out,pid) = ReIDLoss(CrossEntropy()),batch()
     with pytest.raises(ValueError, match='distractors'): loss(out, torch.where(pid==0, -1, pid))
     with pytest.raises(ValueError, match='training mode'): loss(out.emb, pid)
     with pytest.raises(ValueError, match='empty'): loss(ReIDOut(o[:0] for o in out), pid[:0])

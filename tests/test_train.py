@@ -6,28 +6,18 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
+from tiny_models import TinyNet
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.backbone.resnet import resnet18
 from fastreid_nb.heads.core import ReductionHead
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.pooling.core import GlobalAvgPool
-from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.schedules import FreezeBackbone, warmup_flat_cos
 from fastreid_nb.heads.speed import best_dtype
 from fastreid_nb.losses.core import ReIDLoss
 from fastreid_nb.train.core import reid_learner
 from fastreid_nb.train.checkpoint import load_reid, save_reid
-
-class TinyNet(nn.Sequential):
-    n_feat = 8
-    def __init__(self): super().__init__(nn.Conv2d(3,8,3,4,1), nn.BatchNorm2d(8), nn.ReLU())
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
-
-@pytest.fixture(scope='module')
-def dls(data): return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
 
 @pytest.fixture
 def learn(dls):

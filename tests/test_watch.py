@@ -3,10 +3,8 @@ import math, warnings
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from torch import nn
-from fastreid_nb.augment.loaders import reid_dls
+from tiny_models import TinyNet, tiny_dls
 from fastreid_nb.augment.samplers import pk_batches
-from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.heads.parts import pcb
 from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
 from fastreid_nb.losses.pairs import TripletLoss
@@ -14,18 +12,8 @@ from fastreid_nb.train.core import reid_learner
 from fastreid_nb.train.watch import (Watch, WatchBatches, WatchDistances, WatchGrads, WatchLoss, WatchLR, WatchRank, WatchTriplet,
     effective_rank)
 
-class TinyNet(nn.Sequential):
-    n_feat = 8
-    def __init__(self): super().__init__(nn.Conv2d(3,8,3,4,1), nn.BatchNorm2d(8), nn.ReLU())
-
 class Blind(TinyNet):
     def forward(self, x): return 0*super().forward(x)+1
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=8, size=(32,16), progress=False)
-
-@pytest.fixture(scope='module')
-def dls(data): return reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[])
 
 def train(dls, *cbs, net=TinyNet, n_epoch=2, lr=1e-3, **kwargs):
     learn = reid_learner(dls, net, dtype=torch.float32, **kwargs)
@@ -155,13 +143,13 @@ def test_broken_batches(data, put, found):
         plan[-1] = plan[0]
         plan[-1,k:2*k] = put(plan, k)
         return plan
-    dls = reid_dls(data, (32,16), p=3, k=4, num_workers=0, augs=[], batches=odd)
+    dls = tiny_dls(data, batches=odd)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         stops(f'in step {len(dls.train)} identities have', dls, WatchBatches(every=1))
 
 def test_repeats_are_told_once(data):
-    dls = reid_dls(data, (32,16), p=2, k=30, num_workers=0, augs=[])
+    dls = tiny_dls(data, p=2, k=30)
     with pytest.warns(UserWarning, match='stand in their batch already') as said: train(dls, WatchBatches(every=1))
     assert sum('stand in' in str(o.message) for o in said)==1
 
