@@ -156,7 +156,7 @@ class ReIDLoss(nn.Module):
 
     def forward(self,
         out:ReIDOut, # Outputs of a model in training
-        pid:torch.Tensor, # Identity of each picture, (B,) int64
+        pid:torch.Tensor, # Identity of each image, (B,) int64
         camid:torch.Tensor=None, # Cameras, (B,) int64
     )->torch.Tensor: # Scalar
         vals = [t(out, pid, camid) for t in self.terms]

@@ -82,7 +82,7 @@ class QueueLoss(LossTerm):
         on:str='emb', # 'feat' before the neck or 'emb' after it
         weight:float=1., # Weight in `ReIDLoss`
         circle:bool=False, # Circle's weights?
-        skip:str='self', # What an image is not compared with: it`self`, or the 'first' B places (as fast-reid)
+        skip:str='self', # What an image is not compared with: its own position ('self') or the 'first' B (as fast-reid)
     ):
         super().__init__(weight)
         self.margin,self.gamma = check_number('margin', margin, 0, 1),check_number('gamma', gamma, 0)

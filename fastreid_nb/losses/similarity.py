@@ -23,11 +23,11 @@ def unified_loss(
     circle:bool=False, # Circle's weights?
 )->torch.Tensor: # Mean over all rows, a scalar
     "Every positive similarity above every negative one by a margin: pairwise CosFace, or Circle"
+    lowest,now = torch.finfo(sim.dtype).min,sim.detach()
     if circle:
-        now,lowest = sim.detach(),torch.finfo(sim.dtype).min
         pos = (sim-(1-margin))*(1+margin-now).clamp_(min=0).mul_(-gamma)
         neg = (sim-margin)*(now+margin).clamp_(min=0).mul_(gamma)
-    else: pos,neg,lowest = -gamma*sim,gamma*(sim+margin),torch.finfo(sim.dtype).min
+    else: pos,neg = -gamma*sim,gamma*(sim+margin)
     pos,neg = (o.masked_fill(~mask, lowest).logsumexp(1) for o,mask in ((pos,is_pos), (neg,is_neg)))
     return F.softplus((pos+neg).clamp(min=lowest)).mean()
 
