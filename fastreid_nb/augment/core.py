@@ -24,15 +24,15 @@ def show_draws(
     import matplotlib.pyplot as plt
     rows = aug if isinstance(aug, dict) else {'given':aug}
     h,w = x.shape[-2:]
-    figsize = figsize or (.8*(n+1), (.8*h/w+.2)*len(rows))
+    figsize = figsize or (.8*(n+1), (.8*h/w+.4)*len(rows))
     fig,axs = plt.subplots(len(rows), n+1, figsize=figsize, dpi=48, squeeze=False)
     for row,(title,f) in zip(axs, rows.items()):
         rng = np.random.default_rng(seed)
         images = [x, *(f(x, rng) for _ in range(n))]
         for ax,o in zip(row, images): ax.imshow(o.permute(1,2,0))
-        row[0].set_title(title, fontsize=12, loc='left', pad=3)
+        row[0].set_title(title, fontsize=20, loc='left', pad=4)
     for ax in axs.flat: ax.axis('off')
-    fig.subplots_adjust(left=0, right=1, bottom=0, top=1-.2/fig.get_figheight(), wspace=.06, hspace=.15)
+    fig.subplots_adjust(left=0, right=1, bottom=0, top=1-.4/fig.get_figheight(), wspace=.06, hspace=.25)
 
 # %% ../../nbs/01_augment.ipynb #2b6abf7d
 def hflip(
