@@ -11,127 +11,106 @@ __all__ = ['ReIDResult', 'DistBlock', 'dist_blocks', 'rank_dist', 'sum_dists']
 import numpy as np, pandas as pd, torch
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import partial
 from html import escape
-from warnings import warn
 from fastcore.basics import patch
-from ..data.core import Protocol, as_protocol, choose_protocol, match_names
+from ..data.core import Protocol
 from ..data.files import check_number, printable
+from ..data.pairs import Pairs, count_reasons, kind_removed
 
-# %% ../../nbs/07_eval.ipynb #1e52cd42
-def _table(x, what):
-    "The table behind `x`: a DataFrame, `Features`, or a dict of columns"
-    df = pd.DataFrame(getattr(x, 'df', x)).reset_index(drop=True)
-    if not len(df): raise ValueError(f'the {what} is empty: expected at least one image')
-    if 'pid' not in df: raise ValueError(f'the {what} has no column `pid`, only {list(df.columns)}')
-    if not pd.api.types.is_integer_dtype(df.pid):
-        advice = 'Number the identities of query and gallery together, and keep your own names as `pid_name`'
-        raise ValueError(f'`pid` of the {what} is {df.pid.dtype}: expected integers. {advice}')
-    return df
+# %% ../../nbs/07_eval.ipynb #b6224799
+def _row_ranks(d, same, gone):
+    "Ranks in the row `d` of the columns `same`, nearest first, without the columns `gone`"
+    match = d[same]
+    near = d<=match.max()
+    near[gone] = False
+    nearer = np.sort(d[near])
+    rank = nearer.searchsorted(match)+1   # one more than the number of nearer images
+    tied = nearer.searchsorted(match, 'right')>rank
+    for i in np.flatnonzero(tied):
+        earlier = same[i]   # in the order of the gallery: only the columns before this one
+        rank[i] += np.count_nonzero(near[:earlier] & (d[:earlier]==match[i]))
+    return np.sort(rank)
 
-def _carried(q, g):
-    "The protocol that the features `q` and `g` carry; None for plain tables"
-    found = [o.protocol for o in (q, g) if isinstance(getattr(o, 'protocol', None), Protocol)]
-    if len(found)==2 and found[0]!=found[1]:
-        advice = 'expected features of one data set, or a `protocol` that is named here'
-        raise ValueError(f'the queries carry {found[0]!r}, the gallery carries {found[1]!r}: {advice}')
-    return found[0] if found else None
-
-def _check(q, g, protocol=None):
-    "Tables of `q` and `g`, and the protocol to use: as given, or that of the features, or the strictest that fits"
-    if protocol is None: protocol = _carried(q, g)
-    q,g,said = match_names(_table(q, 'query'), _table(g, 'gallery'))
-    if said: warn('; '.join(said))
-    protocol = as_protocol(choose_protocol(q, g) if protocol is None else protocol)
-    if n := int((q.pid<0).sum()):
-        expected = '-1 marks a distractor, which belongs in the gallery'
-        raise ValueError(f'{n} of {len(q)} queries have a negative pid: {expected}')
-    return q,g,protocol
-
-# %% ../../nbs/07_eval.ipynb #6c520e50
-_alone = 'no other image of the identity'
-
-def _kind(protocol):
-    "What the images that a protocol removes are called"
-    known = {'camid':'same-camera', 'path':'same-file', 'trackid':'same-track'}
-    return known.get(protocol.source, f'same-{protocol.source}')
-
-def _count(why): return '; '.join(f'{n} {reason}' for reason,n in Counter(why[why!='']).items())
-
-# %% ../../nbs/07_eval.ipynb #24bb6397
-def _nothing_left(why, only, protocol):
-    "What to say when no query can be scored"
-    advice = 'Were query and gallery numbered together, and does the gallery hold other images of these identities?'
-    renumber = f"Give every source its own number in {protocol.source!r}, or use protocol='no_camera'"
-    if only!=_alone and (why==only).all(): advice = renumber
-    return f'none of {len(why)} queries can be scored: {_count(why)}. {advice}'
-
-def _why_dropped(q, g, q_src, g_src, protocol):
-    "For each query '' or why it has no match, and the number of gallery images removed for it"
-    n = g.pid.value_counts().reindex(q.pid, fill_value=0).to_numpy()
-    seen = pd.DataFrame(dict(pid=g.pid.to_numpy(), source=g_src))
-    asked = pd.MultiIndex.from_arrays([q.pid,q_src])
-    own = seen.value_counts().reindex(asked, fill_value=0).to_numpy()
-    gone = own
-    if protocol.anyone: gone = seen.source.value_counts().reindex(q_src, fill_value=0).to_numpy()
-    only = _alone if protocol.source=='path' else f'only {_kind(protocol)} images'
-    why = np.where(n==0, _alone, np.where(n==own, only, ''))
-    if not (why=='').any(): raise ValueError(_nothing_left(why, only, protocol))
-    return why,gone
-
-# %% ../../nbs/07_eval.ipynb #f43cc755
-@dataclass
-class _Ranked:
-    "Scores and lists of some queries; the names are those of `ReIDResult`"
-    ap:torch.Tensor # Average precision, (q,)
-    inp:torch.Tensor # Inverse negative penalty, (q,)
-    first_match:torch.Tensor # Rank of the nearest hit, (q,)
-    top:torch.Tensor # Nearest kept columns, (q,k); -1 where there is none
-    top_dist:torch.Tensor # Their distances, (q,k); NaN where there is none
-
-def _nearest(order, keep, rank, k):
-    "The first `k` kept columns of every row, (q,k), and -1 behind them"
-    row,col = (keep & (rank<=k)).nonzero(as_tuple=True)
-    top = torch.full((len(order),k), -1, device=order.device)
-    top[row, rank[row,col].long()-1] = order[row,col]
-    return top
-
-def _rank_rows(d, match, gone, k):
-    "Rank every row of `d` (q,G) without the columns that are `gone`, and score it; each row has a hit"
-    order = d.sort(dim=1, stable=True).indices   # stable: ties keep the order of the gallery
-    keep = (~gone).gather(1, order)
-    hit = (match & ~gone).gather(1, order)
-    rank = keep.cumsum(1, dtype=torch.int32)
-    top = _nearest(order, keep, rank, k)
-    top_dist = d.gather(1, top.clamp_min(0)).float().masked_fill(top<0, torch.nan)
-    row,col = hit.nonzero(as_tuple=True)   # one entry per hit, row by row, nearest first
-    r = rank[row,col].cpu().double()
-    row,n = row.cpu(),hit.sum(1).cpu()
-    end = n.cumsum(0)
+# %% ../../nbs/07_eval.ipynb #aaae3d29
+def _scores(ranks, n):
+    "AP, INP and first rank of queries with `n` matches each, whose `ranks` stand one behind the other"
+    end = n.cumsum()
     start = end-n
-    nth = torch.arange(1, len(r)+1) - start[row]   # 1 for the first hit of a row, 2 for the second
-    ap = torch.zeros(len(d), dtype=torch.float64).index_add_(0, row, nth/r)/n
-    return _Ranked(ap, n/r[end-1], r[start].long(), top.cpu(), top_dist.cpu())
+    nth = np.arange(1, len(ranks)+1) - start.repeat(n)   # 1 for the first match of a query, 2 for the second
+    ap = np.add.reduceat(nth/ranks, start)/n
+    return ap, n/ranks[end-1], ranks[start]
 
-# %% ../../nbs/07_eval.ipynb #b0ffc968
-def _one_shot(d, match, gone, ids, seed):
-    "Rank of the right identity in the gallery that `seed` draws, (q,)"
-    luck = torch.randperm(d.shape[1], generator=torch.Generator().manual_seed(seed))
-    luck = luck.expand(d.shape).masked_fill(gone, -1)
-    best = torch.full((len(d), int(ids.max())+1), -1).scatter_reduce(1, ids, luck, 'amax')
-    drawn = ~gone & (luck==best.gather(1, ids))
-    own = (drawn & match).int().argmax(1, keepdim=True)
-    own_dist = d.gather(1, own)
-    earlier = torch.arange(d.shape[1])<own
-    nearer = drawn & ((d<own_dist) | (d==own_dist) & earlier)
-    return nearer.sum(1)+1
+# %% ../../nbs/07_eval.ipynb #5f017e14
+def _luckiest(luck, group, col, n):
+    "Of the columns `col` of each of `n` groups the one with most luck, (n,); -1 for a group without any"
+    order = np.argsort(luck[col])
+    best = np.full(n, -1)
+    best[group[order]] = col[order]   # of several the last one stays
+    return best
 
-def _shot_ranks(d, match, gone, g_pid, n):
-    "Rank of the right identity in `n` galleries of one random kept image per identity, (q,n)"
-    d,match,gone,g_pid = (o.cpu() for o in (d, match, gone, g_pid))
-    alone = torch.arange(len(g_pid)) + g_pid.max() + 1   # a new identity for each distractor
-    ids = torch.where(g_pid<0, alone, g_pid).unique(return_inverse=True)[1].expand(d.shape)
-    return torch.stack([_one_shot(d, match, gone, ids, seed) for seed in range(n)], 1)
+def _shot_rank(d, own, others, ids):
+    "Rank of the column `own` of every row among the columns `others`, one of each identity, (q,)"
+    dist = np.take_along_axis(d, own[:,None], 1)
+    rival = d[:,others]
+    nearer = (rival<dist) | (rival==dist) & (others<own[:,None])
+    return (nearer & (ids[others]!=ids[own][:,None])).sum(1)+1
+
+# %% ../../nbs/07_eval.ipynb #4e9e7c65
+def _identities(g_pid):
+    "Identities of the gallery as 0, 1, 2 …; each distractor is one of its own"
+    alone = -1 - np.arange(len(g_pid))
+    return np.unique(np.where(g_pid<0, alone, g_pid), return_inverse=True)[1]
+
+def _shot_ranks(d, same, kept, ids, n):
+    "Rank of the right identity in `n` galleries of one random image of each identity, (q,n)"
+    ranks = []
+    for seed in range(n):
+        luck = torch.randperm(d.shape[1], generator=torch.Generator().manual_seed(seed)).numpy()
+        own = _luckiest(luck, *same, len(d))
+        others = _luckiest(luck, ids[kept], kept, ids.max()+1)
+        ranks.append(_shot_rank(d, own, others[others>=0], ids))
+    return np.stack(ranks, 1)
+
+# %% ../../nbs/07_eval.ipynb #6d1e6dc7
+def _nearest(d, gone, k):
+    "The `k` nearest columns of the row `d` without those that are `gone`: nearest first, fewer if there are fewer"
+    keep = np.ones(len(d), bool)
+    keep[gone] = False
+    k = min(k, int(keep.sum()))
+    if not k: return np.zeros(0, int)
+    limit = np.partition(d[keep], k-1)[k-1]
+    col = np.flatnonzero(keep & (d<=limit))
+    return col[np.argsort(d[col], kind='stable')][:k]
+
+# %% ../../nbs/07_eval.ipynb #4df8056c
+def _host(d):
+    "Distances as an array on the CPU, in a type that numpy knows"
+    d = d.cpu()
+    return (d.float() if d.dtype==torch.bfloat16 else d).numpy()
+
+
+# %% ../../nbs/07_eval.ipynb #ea6e67a1
+@dataclass
+class _Lists:
+    "Finds the nearest images of queries when asked; a copy in a file keeps only the lists found already"
+    blocks:Callable=None # Positions of queries → `DistBlock`s; None where the distances are not known any more
+    kept:tuple=None # All lists and their distances, (Q,k) each, once they have been asked for
+
+    def __getstate__(self): return dict(blocks=None, kept=self.kept)
+    def __call__(self, rows, k):
+        "Columns and distances, (q,k) each, filled up with -1 and NaN"
+        if self.blocks is None: raise ValueError('no distances: a result that was saved keeps the lists it had found')
+        top,dist = np.full((len(rows),k), -1),np.full((len(rows),k), np.nan, np.float32)
+        n = 0
+        for block in self.blocks(rows):
+            d,ends = _host(block.dist),_ends(block.gone, len(block.rows))
+            for row,gone in zip(d, np.split(block.gone[1], ends[:-1])):
+                col = _nearest(row, gone, k)
+                top[n,:len(col)],dist[n,:len(col)] = col,row[col]
+                n += 1
+        return top,dist
 
 # %% ../../nbs/07_eval.ipynb #a5daeb22
 @dataclass(repr=False, eq=False)
@@ -141,16 +120,17 @@ class ReIDResult:
     inp:np.ndarray # Inverse negative penalty, (Q,) in (0,1]; NaN where dropped
     first_match:np.ndarray # Rank of the nearest right image, (Q,) from 1; 0 where dropped
     why:np.ndarray # Why a query was dropped, (Q,) text; '' where it was used
-    top:np.ndarray # Nearest gallery rows after removal, (Q,k), nearest first; -1 where there is none
-    top_dist:np.ndarray # Their distances, (Q,k)
     q:pd.DataFrame # Table of the queries
     g:pd.DataFrame # Table of the gallery
     protocol:Protocol # What was removed before scoring
     metric:str # Name of the distance
     n_removed:int # Gallery images removed by the protocol, summed over queries
-    max_rank:int # Length of `cmc`
+    max_rank:int # Length of `cmc`, and of the lists in `top`
     shots:np.ndarray=None # Rank in each single-shot gallery, (Q,n) from 1; None without such galleries
     notes:list=field(default_factory=list) # Why the scores may mean little; sentences
+    ranks:np.ndarray=None # Rank of every match, query by query, nearest first, (M,) from 1
+    n_matches:np.ndarray=None # How many of them belong to each query, (Q,); 0 where dropped
+    source:_Lists=field(default_factory=_Lists) # Where `lists` finds the nearest images
 
     used = property(lambda self: self.why=='')
     mAP = property(lambda self: float(self.ap[self.used].mean()))
@@ -159,6 +139,8 @@ class ReIDResult:
     n_queries = property(lambda self: len(self.why))
     n_used = property(lambda self: int(self.used.sum()))
     dropped = property(lambda self: dict(Counter(self.why[~self.used].tolist())))
+    top = property(lambda self: self._found()[0])
+    top_dist = property(lambda self: self._found()[1])
 
     def rank(self,
         k:int, # Length of the list looked at, 1 or more
@@ -168,7 +150,39 @@ class ReIDResult:
         ranks = self.first_match if self.shots is None else self.shots
         return float((ranks[self.used]<=k).mean())
 
+# %% ../../nbs/07_eval.ipynb #4592bb69
+@patch
+def lists(self:ReIDResult,
+    rows:list, # Rows of the query table
+    k:int=10, # Length of the lists; the whole gallery if it is shorter
+)->tuple: # Gallery rows after removal, nearest first, and their distances, (q,k) each; -1 and NaN where there is none
+    "The `k` nearest gallery images of some queries, found now; none for a query that was dropped"
+    check_number('k', k, 1, whole=True)
+    rows,k = np.asarray(rows, dtype=int),min(k, len(self.g))
+    kept = self.source.kept
+    if kept is not None and k<=kept[0].shape[1]: return tuple(o[rows,:k] for o in kept)
+    top,dist = np.full((len(rows),k), -1),np.full((len(rows),k), np.nan, np.float32)
+    used = self.used[rows]
+    top[used],dist[used] = self.source(rows[used], k)
+    return top,dist
+
+@patch
+def _found(self:ReIDResult):
+    "The lists of all queries, `max_rank` long, found once"
+    if self.source.kept is None: self.source.kept = self.lists(np.arange(self.n_queries), self.max_rank)
+    return self.source.kept
+
 # %% ../../nbs/07_eval.ipynb #01347450
+@patch
+def rank_sd(self:ReIDResult,
+    k:int, # Length of the list looked at, 1 or more
+)->float: # In [0,1]; None where rank-k is taken over the whole gallery, once
+    "Standard deviation of `rank(k)` over the single-shot galleries"
+    if self.shots is None or self.shots.shape[1]<2: return None
+    return float((self.shots[self.used]<=k).mean(0).std(ddof=1))
+
+
+# %% ../../nbs/07_eval.ipynb #38640704
 @patch
 def to_dict(self:ReIDResult)->dict: # Numbers and text only; scores in [0,1]
     "Means and counts, ready for JSON"
@@ -182,13 +196,18 @@ def to_df(self:ReIDResult)->pd.DataFrame: # Query table with columns `ap`, `inp`
     "Scores query by query"
     return self.q.assign(ap=self.ap, inp=self.inp, first_match=self.first_match, dropped=self.why)
 
+
+# %% ../../nbs/07_eval.ipynb #2e202161
+def _percent(mean, sd): return f'{100*mean:.1f} %' if sd is None else f'{100*mean:.1f} ± {100*sd:.1f} %'
+
 def _lines(res):
     "What the table of a result says"
     means = res.to_dict()
-    scores = {k: f'{100*means[k]:.1f} %' for k in ('mAP','mINP','rank-1','rank-5','rank-10')}
+    scores = {k: f'{100*means[k]:.1f} %' for k in ('mAP','mINP')}
+    for k in (1,5,10): scores[f'rank-{k}'] = _percent(means[f'rank-{k}'], res.rank_sd(k))
     dropped = str(res.n_queries-res.n_used)
-    if res.dropped: dropped += f' ({_count(res.why)})'
-    protocol = f'{res.protocol}, {res.n_removed} {_kind(res.protocol)} images removed'
+    if res.dropped: dropped += f' ({count_reasons(res.why)})'
+    protocol = f'{res.protocol}, {res.n_removed} {kind_removed(res.protocol)} images removed'
     if res.protocol.draws: protocol += f', rank-k over {res.protocol.draws} single-shot galleries'
     notes = {f'note {i}':o for i,o in enumerate(res.notes, 1)}
     return {**scores, 'queries used':res.n_used, 'queries dropped':dropped, 'gallery':f'{len(res.g)} images',
@@ -214,39 +233,9 @@ def _rows_of(dist, nq, ng):
         d = torch.as_tensor(dist(pos)) if whole is None else whole[pos.to(whole.device)]
         want = f'expected distances of shape ({len(pos)},{ng})'
         if d.shape!=(len(pos),ng): raise ValueError(f'{want}, got {tuple(d.shape)}')
-        if d.isnan().any(): raise ValueError('NaN among the distances, which cannot be sorted')
+        if d.numel() and d.min().isnan(): raise ValueError('NaN among the distances, which cannot be sorted')
         return d
     return rows
-
-# %% ../../nbs/07_eval.ipynb #ad718945
-class _Columns:
-    "The columns of the gallery that carry a number, for many numbers at once"
-    def __init__(self, codes):
-        self.order = np.argsort(codes, kind='stable')
-        self.codes = codes[self.order]
-
-    def __call__(self, wanted):
-        "Pairs `(row, col)` where `col` carries the number `wanted[row]`: row by row, columns ascending"
-        start,end = (self.codes.searchsorted(wanted, o) for o in ('left','right'))
-        n = end-start
-        row = np.arange(len(wanted)).repeat(n)
-        nth = np.arange(len(row)) - (n.cumsum()-n)[row]
-        return row, self.order[start[row]+nth]
-
-# %% ../../nbs/07_eval.ipynb #539a94ba
-class _Pairs:
-    "Which gallery images show the identity of a query and stay, and which the protocol removes"
-    def __init__(self, q, g, q_src, g_src, protocol):
-        self.q_pid,self.q_src,self.g_src = q.pid.to_numpy(np.int64),q_src,g_src
-        self.by_pid = _Columns(g.pid.to_numpy(np.int64))
-        self.by_src = _Columns(g_src) if protocol.anyone else None
-
-    def __call__(self, pos):
-        "The pairs `same` and `gone` of the queries `pos`, each `(row, col)` with rows counted within `pos`"
-        row,col = self.by_pid(self.q_pid[pos])
-        own = self.g_src[col]==self.q_src[pos][row]
-        gone = self.by_src(self.q_src[pos]) if self.by_src else (row[own],col[own])
-        return (row[~own],col[~own]), gone
 
 # %% ../../nbs/07_eval.ipynb #116b0eee
 @dataclass
@@ -257,53 +246,87 @@ class DistBlock:
     same:tuple # `(row, col)`, (m,) each: images of the query's identity that stay; `row` counts within the block
     gone:tuple # `(row, col)`: images that the protocol removes from the query's list
 
+
+# %% ../../nbs/07_eval.ipynb #6f552bca
+def _chunk_size(n_rows, n_gallery):
+    "Queries in a block: 64 MB of distances, or 256 MB where that would be fewer than 64 queries; all blocks alike"
+    most = max(1, min(max(2**24//n_gallery, 64), 2**26//n_gallery))
+    return -(-n_rows//max(1, -(-n_rows//most)))
+
+def _blocks(get, pairs, rows, chunk=None):
+    "The `DistBlock`s of the queries `rows`"
+    chunk = chunk or _chunk_size(len(rows), len(pairs.g))
+    for i in range(0, len(rows), chunk):
+        pos = rows[i:i+chunk]
+        yield DistBlock(pos, get(torch.from_numpy(pos)), *pairs(pos))
+
+# %% ../../nbs/07_eval.ipynb #613b8b6c
 def dist_blocks(
     dist:torch.Tensor|Callable, # (Q,G), smaller is closer; or a function: positions of queries → rows
     q:pd.DataFrame, # Q rows with `pid`, usually `camid` and `path`; or `Features`, or a dict
     g:pd.DataFrame, # G rows, likewise
     protocol:str|Protocol=None, # Name or your own; else that of the features, else `choose_protocol`
     rows:np.ndarray=None, # Positions of the queries to take; all by default, also those without a match
-    chunk:int=None, # Queries in a block; by default as many as keep chunk × G below 16 million
-):
-    "Iterate over `DistBlock`s: all distances of a test set, some queries at a time, with the pairs that are special"
-    q,g,protocol = _check(q, g, protocol)
+    chunk:int=None, # Queries in a block; by default as many as keep a block at 64 MB
+): # Iterator over `DistBlock`s
+    "All distances of a test set, some queries at a time, with the pairs that are special"
     if chunk is not None: check_number('chunk', chunk, 1, whole=True)
-    get,pairs = _rows_of(dist, len(q), len(g)),_Pairs(q, g, *protocol.codes(q, g), protocol)
-    rows = np.arange(len(q)) if rows is None else np.asarray(rows)
-    chunk = chunk or max(1, 2**24//len(g))
-    for i in range(0, len(rows), chunk):
-        pos = rows[i:i+chunk]
-        same,gone = pairs(pos)
-        yield DistBlock(pos, get(torch.from_numpy(pos)), same, gone)
+    pairs = Pairs(q, g, protocol)
+    rows = np.arange(len(pairs.q)) if rows is None else np.asarray(rows, dtype=int)
+    return _blocks(_rows_of(dist, len(pairs.q), len(pairs.g)), pairs, rows, chunk)
 
 # %% ../../nbs/07_eval.ipynb #afe3250f
-def _ids(df, source):
-    "Identity and source of every row, (2,N) int64"
-    return torch.from_numpy(np.stack([np.array(o, dtype=np.int64) for o in (df.pid, source)]))
+def _ends(pairs, n):
+    "Where the pairs `(row, col)` of each of `n` rows end"
+    return pairs[0].searchsorted(np.arange(1, n+1))
 
-def _marks(q_ids, g_ids, anyone):
-    "Which gallery images show the query's identity, and which are removed, (q,G) each"
-    match = q_ids[0][:,None]==g_ids[0]
-    gone = q_ids[1][:,None]==g_ids[1]
-    return match, gone if anyone else gone & match
+def _match_ranks(block):
+    "Ranks of all matches of a block, query by query, nearest first"
+    if block.dist.device.type!='cpu': return _device_ranks(block)
+    n,d = len(block.rows),_host(block.dist)
+    same,gone = (np.split(o[1], _ends(o, n)[:-1]) for o in (block.same,block.gone))
+    return np.concatenate([_row_ranks(*o) for o in zip(d, same, gone)])
 
-def _blank(q, g, why, protocol, metric, max_rank):
+# %% ../../nbs/07_eval.ipynb #bf7d4dfd
+def _device_ranks(block):
+    "As `_match_ranks`, in one go on the device of the distances"
+    d = block.dist
+    (row,col),gone = (torch.from_numpy(np.stack(o)).to(d.device) for o in (block.same,block.gone))
+    match = torch.zeros(d.shape, dtype=torch.bool, device=d.device)
+    match[row,col] = True
+    last = d.masked_fill(~match, d.min()).amax(1, keepdim=True)
+    near = d<=last
+    near[gone[0],gone[1]] = False
+    r,c = near.nonzero(as_tuple=True)
+    order = d[r,c].sort(stable=True).indices
+    order = order[r[order].sort(stable=True).indices]
+    rank = torch.arange(1, len(r)+1, device=d.device) - torch.searchsorted(r, r)   # counted from where its row starts
+    return rank[match[r,c[order]]].cpu().numpy()
+
+# %% ../../nbs/07_eval.ipynb #52f2e11c
+def _blank(pairs, metric, max_rank):
     "A result without scores yet"
-    nq,k = len(q),min(max_rank, len(g))
-    shots = np.zeros((nq,protocol.draws), int) if protocol.draws else None
-    return ReIDResult(ap=np.full(nq, np.nan), inp=np.full(nq, np.nan), first_match=np.zeros(nq, int), why=why,
-        top=np.full((nq,k), -1), top_dist=np.full((nq,k), np.nan, np.float32),
-        q=q, g=g, protocol=protocol, metric=metric, n_removed=0, max_rank=max_rank, shots=shots)
+    why,n_gone = pairs.dropped()
+    n = len(why)
+    shots = np.zeros((n,pairs.protocol.draws), int) if pairs.protocol.draws else None
+    return ReIDResult(ap=np.full(n, np.nan), inp=np.full(n, np.nan), first_match=np.zeros(n, int), why=why,
+        q=pairs.q, g=pairs.g, protocol=pairs.protocol, metric=metric, n_removed=int(n_gone.sum()),
+        max_rank=max_rank, shots=shots)
+
+def _block_shots(block, pairs, ids, n):
+    "Ranks in `n` single-shot galleries, (q,n); where a source is removed whoever it shows, source by source"
+    d,everyone = _host(block.dist),np.arange(len(pairs.g_src))
+    if not pairs.protocol.anyone: return _shot_ranks(d, block.same, everyone, ids, n)
+    res,src = np.zeros((len(d),n), int),pairs.q_src[block.rows]
+    row,col = block.same
+    for s in np.unique(src):
+        mine = np.flatnonzero(src==s)
+        own = np.isin(row, mine)
+        same = np.searchsorted(mine, row[own]),col[own]
+        res[mine] = _shot_ranks(d[mine], same, everyone[pairs.g_src!=s], ids, n)
+    return res
 
 # %% ../../nbs/07_eval.ipynb #8a79ed1f
-def _n_present(q, g, q_src, g_src):
-    "How many queries are kept images of the gallery: by path, or all of them if both are the same table"
-    if 'path' not in q or 'path' not in g: return int((q_src!=g_src).sum()) if q.equals(g) else 0
-    keys = ['path', *(o for o in ('x','y','w','h') if o in q and o in g)]
-    sides = (o[keys].astype(str).assign(source=s, row=range(len(o))) for o,s in ((q,q_src), (g,g_src)))
-    both = pd.merge(*sides, on=keys)
-    return both.row_x[both.source_x!=both.source_y].nunique()
-
 def _notes(res, n_present, n_equal):
     "Why the scores of `res` may mean little"
     found = []
@@ -315,11 +338,36 @@ def _notes(res, n_present, n_equal):
         "use protocol='leave_one_out', or other images")
     return found
 
-def _n_equal(d):
+
+# %% ../../nbs/07_eval.ipynb #e5843322
+def _n_flat(d):
     "How many rows of `d` (q,G) hold one distance only, up to rounding"
-    if d.shape[1]<2: return 0
+    if not d.shape[1]: return 0
     least,most = d.aminmax(dim=1)
     return int((most-least<=1e-6*most.abs().clamp_min(1)).sum())
+
+def _n_equal(d):
+    "As `_n_flat`, but most rows are told by a few of their distances"
+    if d.shape[1]<2: return 0
+    few = d[:,::d.shape[1]//16+1]
+    least,most = few.aminmax(dim=1)
+    return _n_flat(d[most-least<=1e-6*most.abs().clamp_min(1)])
+
+
+# %% ../../nbs/07_eval.ipynb #c1dcb228
+def _rank_blocks(res, pairs, used):
+    "Write ranks and scores of the queries `used` into `res`; how many of them are equally far from all images"
+    ranks,n_equal = [],0
+    ids = _identities(pairs.g_pid) if res.protocol.draws else None
+    n = np.zeros(res.n_queries, int)
+    for block in res.source.blocks(used):
+        n_equal += _n_equal(block.dist)
+        n[block.rows] = np.bincount(block.same[0], minlength=len(block.rows))
+        ranks.append(_match_ranks(block))
+        if ids is not None: res.shots[block.rows] = _block_shots(block, pairs, ids, res.protocol.draws)
+    res.ranks,res.n_matches = np.concatenate(ranks),n
+    res.ap[used],res.inp[used],res.first_match[used] = _scores(res.ranks, n[used])
+    return n_equal
 
 # %% ../../nbs/07_eval.ipynb #280022ea
 def rank_dist(
@@ -327,30 +375,19 @@ def rank_dist(
     q:pd.DataFrame, # Q rows with `pid`, usually `camid` and `path`; or `Features`, or a dict
     g:pd.DataFrame, # G rows, likewise
     protocol:str|Protocol=None, # Name or your own; else that of the features, else `choose_protocol`
-    max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
-    chunk:int=None, # Queries ranked at a time; by default as many as keep chunk × G below 4 million
+    max_rank:int=50, # Length of the CMC curve, and of the lists in `top`
+    chunk:int=None, # Queries ranked at a time; by default as many as keep their distances at 64 MB
     metric:str='given', # Name of the distance, for the table
 )->ReIDResult: # Scores of every query
     "Rank the gallery for every query by `dist` and score the lists"
-    q,g,protocol = _check(q, g, protocol)
     check_number('max_rank', max_rank, 1, whole=True)
     if chunk is not None: check_number('chunk', chunk, 1, whole=True)
-    rows = _rows_of(dist, len(q), len(g))
-    q_src,g_src = protocol.codes(q, g)
-    why,n_gone = _why_dropped(q, g, q_src, g_src, protocol)
-    res = _blank(q, g, why, protocol, metric, max_rank)
-    res.n_removed = int(n_gone.sum())
-    q_ids,g_ids = _ids(q, q_src),_ids(g, g_src)
-    used = torch.from_numpy(np.flatnonzero(why==''))
-    n_equal = 0
-    for pos in used.split(chunk or max(1, 2**22//len(g))):
-        d = rows(pos)
-        n_equal += _n_equal(d)
-        match,gone = _marks(q_ids[:,pos].to(d.device), g_ids.to(d.device), protocol.anyone)
-        ranked = _rank_rows(d, match, gone, res.top.shape[1])
-        for o in fields(ranked): getattr(res, o.name)[pos] = getattr(ranked, o.name)
-        if protocol.draws: res.shots[pos] = _shot_ranks(d, match, gone, g_ids[0], protocol.draws)
-    res.notes = _notes(res, _n_present(q, g, np.asarray(q_src), np.asarray(g_src)), n_equal)
+    pairs = Pairs(q, g, protocol)
+    res = _blank(pairs, metric, max_rank)
+    get = _rows_of(dist, res.n_queries, len(res.g))
+    res.source = _Lists(partial(_blocks, get, pairs, chunk=chunk))
+    n_equal = _rank_blocks(res, pairs, np.flatnonzero(res.used))
+    res.notes = _notes(res, pairs.n_present(), n_equal)
     return res
 
 # %% ../../nbs/07_eval.ipynb #b4e54bf7
