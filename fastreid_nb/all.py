@@ -62,6 +62,8 @@ from .eval.inference import *
 from .eval.score import *
 from .eval.ranklist import *
 from .eval.floors import *
+from .eval.results import *
+from .eval.extract import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

@@ -93,7 +93,7 @@ def _host(d):
 
 # %% ../../nbs/07_eval.ipynb #ea6e67a1
 @dataclass
-class _Lists:
+class RankLists:
     "Finds the nearest images of queries when asked; a copy in a file keeps only the lists found already"
     blocks:Callable=None # Positions of queries → `DistBlock`s; None where the distances are not known any more
     kept:tuple=None # All lists and their distances, (Q,k) each, once they have been asked for
@@ -130,7 +130,7 @@ class ReIDResult:
     notes:list=field(default_factory=list) # Why the scores may mean little; sentences
     ranks:np.ndarray=None # Rank of every match, query by query, nearest first, (M,) from 1
     n_matches:np.ndarray=None # How many of them belong to each query, (Q,); 0 where dropped
-    source:_Lists=field(default_factory=_Lists) # Where `lists` finds the nearest images
+    source:RankLists=field(default_factory=RankLists) # Where `lists` finds the nearest images
 
     used = property(lambda self: self.why=='')
     mAP = property(lambda self: float(self.ap[self.used].mean()))
@@ -385,7 +385,7 @@ def rank_dist(
     pairs = Pairs(q, g, protocol)
     res = _blank(pairs, metric, max_rank)
     get = _rows_of(dist, res.n_queries, len(res.g))
-    res.source = _Lists(partial(_blocks, get, pairs, chunk=chunk))
+    res.source = RankLists(partial(_blocks, get, pairs, chunk=chunk))
     n_equal = _rank_blocks(res, pairs, np.flatnonzero(res.used))
     res.notes = _notes(res, pairs.n_present(), n_equal)
     return res

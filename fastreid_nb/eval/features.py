@@ -148,7 +148,7 @@ class Features:
         return f'Features {tuple(self.emb.shape)} of {", ".join(self.df.columns)}{scored}'
 
 # %% ../../nbs/07a_eval.features.ipynb #52237226
-def _to_plain(s):
+def to_plain(s):
     "Values of column `s` as Python's own types, which can be read back without running code"
     vals = [None if o is pd.NA else o.item() if isinstance(o, np.generic) else o for o in s.tolist()]
     bad = next((o for o in vals if not isinstance(o, (str,int,float,bool,type(None)))), None)
@@ -157,37 +157,48 @@ def _to_plain(s):
         raise ValueError(f'{found}: turn it into text or drop the column')
     return vals
 
-def _to_dtype(s):
+def to_dtype(s):
     "The dtype of column `s` as text, or as the arguments of a `CategoricalDtype`"
     if not isinstance(s.dtype, pd.CategoricalDtype): return str(s.dtype)
-    return dict(categories=_to_plain(s.cat.categories.to_series(name=s.name)), ordered=s.cat.ordered)
+    return dict(categories=to_plain(s.cat.categories.to_series(name=s.name)), ordered=s.cat.ordered)
 
 # %% ../../nbs/07a_eval.features.ipynb #665cc9be
-def _protocol_fields(protocol):
+def protocol_fields(protocol):
     "The fields of a protocol as plain values; None for none"
     if protocol is None: return None
     if type(protocol) is not Protocol:
         expected = 'a Protocol, whose fields can be saved; its code cannot'
         raise ValueError(f'protocol {protocol.name!r} is a {type(protocol).__name__}: expected {expected}')
-    plain = _to_plain(pd.Series(asdict(protocol), dtype=object, name='protocol'))
+    plain = to_plain(pd.Series(asdict(protocol), dtype=object, name='protocol'))
     return dict(zip(asdict(protocol), plain))
 
+def plain_table(df):
+    "Name, dtype and plain values of every column; images in memory, a column `image`, are left out"
+    return [(str(k), to_dtype(v), to_plain(v)) for k,v in df.items() if k!='image']
+
+
+# %% ../../nbs/07a_eval.features.ipynb #55da6524
 @patch
 def save(self:Features,
     path:str|Path, # File to write, usually `.pt`; folders are made
 )->Path: # `path`
     "Write features, table and protocol to one file; images in memory, a column `image`, are left out"
-    cols = [(str(k), _to_dtype(v), _to_plain(v)) for k,v in self.df.items() if k!='image']
-    plain = dict(kind='fastreid_nb.Features', emb=self.emb, cols=cols, protocol=_protocol_fields(self.protocol))
+    plain = dict(kind='fastreid_nb.Features', emb=self.emb, cols=plain_table(self.df), protocol=protocol_fields(self.protocol))
     with atomic_path(path) as part, open(part, 'wb') as f: torch.save(plain, f)
     return Path(path)
 
-# %% ../../nbs/07a_eval.features.ipynb #067294fe
+# %% ../../nbs/07a_eval.features.ipynb #d843a27e
 def _column(values, dtype):
     "A column from plain values"
     if isinstance(dtype, dict): dtype = pd.CategoricalDtype(**dtype)
     return pd.Series(values, dtype=dtype)
 
+def from_plain(cols, n):
+    "The table of `n` rows that `plain_table` took apart"
+    return pd.DataFrame({name: _column(values, dtype) for name,dtype,values in cols}, index=range(n))
+
+
+# %% ../../nbs/07a_eval.features.ipynb #81899b6e
 @patch(cls_method=True)
 def load(cls:Features,
     path:str|Path, # File written by `Features.save`
@@ -196,9 +207,8 @@ def load(cls:Features,
     o = read_torch(path, 'features')
     if not isinstance(o, dict) or o.get('kind')!='fastreid_nb.Features':
         raise ValueError(f'{path} holds something other than features: expected a file written by `Features.save`')
-    cols = {name: _column(values, dtype) for name,dtype,values in o['cols']}
     kept = o.get('protocol')
-    return cls(o['emb'], pd.DataFrame(cols, index=range(len(o['emb']))), kept and Protocol(**kept))
+    return cls(o['emb'], from_plain(o['cols'], len(o['emb'])), kept and Protocol(**kept))
 
 # %% ../../nbs/07a_eval.features.ipynb #ba8e04ed
 def dist_rows(
