@@ -61,8 +61,16 @@ from .eval.core import *
 from .eval.features import *
 from .eval.inference import *
 from .eval.score import *
+from .eval.verification import *
 from .eval.ranklist import *
 from .eval.floors import *
+from .eval.intervals import *
+from .eval.breakdown import *
+from .eval.threshold import *
+from .eval.fusion import *
+from .eval.openset import *
+from .eval.results import *
+from .eval.extract import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

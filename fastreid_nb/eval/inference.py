@@ -9,6 +9,7 @@ __all__ = ['embed', 'evaluate_data', 'evaluate_sets']
 
 # %% ../../nbs/07c_eval.inference.ipynb #6dc8e7d9
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import nn
 from ..data.core import Protocol, ReIDData
 from ..data.files import check_number, has_screen
 from ..data.preproc import Preproc
-from ..augment.loaders import plain_dl
+from ..augment.loaders import ReIDDataset, ReIDLoader, ToFloat, plain_dl
 from ..heads.model import eval_mode
 from ..heads.speed import best_dtype
 from ..train.core import Amp, ReIDLearner, check_dtype
@@ -73,6 +74,7 @@ def embed_batches(
     dl, # Batches `xb` or `(xb,...)`, in a fixed order
     dtype:torch.dtype=None, # Autocast to `torch.bfloat16` or `torch.float16`; by default float32
     progress:bool=True, # Show a bar, where there is a screen?
+    keep:Callable=None, # Called with the rows of each batch, which may still be on their way; then nothing is returned
 )->torch.Tensor: # Embeddings (N,D), float32 on the CPU, in the order of `dl`
     "Embed every image of a loader"
     device,dtype = device_of(model),check_dtype(dtype)
@@ -84,7 +86,8 @@ def embed_batches(
             xb,*yb = batch if isinstance(batch, (tuple,list)) else [batch]
             cams = [send(o, device) for o in yb[1:2]] if knows_cams else []
             out = model(send(xb, device), *cams)
-            embs.append(fetch(emb_of(out, len(xb))))
+            (keep or embs.append)(fetch(emb_of(out, len(xb))))
+    if keep: return None
     if not embs: raise ValueError('the loader has no batch: expected one image or more')
     return all_finite(join(embs, device))
 
@@ -221,7 +224,43 @@ def tta(self:ReIDLearner,
     model = Mirrored(self.model.to(self.dls.device))
     return split_emb(embed_batches(model, self.dls.valid, precision_of(self), progress), data)
 
+# %% ../../nbs/07c_eval.inference.ipynb #6a49e058
+class Tolerant(ReIDDataset):
+    "A `ReIDDataset` that shows a black image where one cannot be read, and remembers its row in `bad`"
+    def __init__(self, df, preproc):
+        super().__init__(df, preproc)
+        self.bad = torch.zeros(len(df), dtype=torch.bool).share_memory_()
+
+    def _pixels(self, i):
+        try: return super()._pixels(i)
+        except (FileNotFoundError, ValueError): self.bad[i] = True
+        return torch.zeros(3, *self.preproc.size, dtype=torch.uint8)
+
+    def error(self):
+        "What to raise for the images that cannot be read"
+        rows,told = self.bad.nonzero().flatten().tolist(),[]
+        for i in rows[:3]:
+            try: ReIDDataset._pixels(self, i)
+            except (FileNotFoundError, ValueError) as e: told.append(e)
+        kind = FileNotFoundError if all(isinstance(o, FileNotFoundError) for o in told) else ValueError
+        more = f'; and {len(rows)-3} more' if len(rows)>3 else ''
+        return kind(f'{len(rows)} of {len(self)} images cannot be read (repair or remove them, or use skip_bad): '
+            + '; '.join(map(str, told)) + more)
+
+def tolerant_dl(df, preproc, bs, num_workers, device):
+    "As `plain_dl`, over a `Tolerant`"
+    if not len(df): raise ValueError('an empty table: expected one row or more')
+    return ReIDLoader(Tolerant(df, preproc), bs=bs, num_workers=num_workers, after_batch=[ToFloat], device=device)
+
 # %% ../../nbs/07c_eval.inference.ipynb #bd04c593
+def _without(data, bad):
+    "Query and gallery of `data` without the rows that are `bad`, and a note about them"
+    n,dfs = len(data.query),(data.query,data.gallery)
+    kept = [df[~o].reset_index(drop=True) for df,o in zip(dfs, (bad[:n],bad[n:]))]
+    note = f'{int(bad.sum())} of {len(bad)} images cannot be read and were left out'
+    return replace(data, query=kept[0], gallery=kept[1]), note
+
+# %% ../../nbs/07c_eval.inference.ipynb #8c489d59
 def evaluate_data(
     model:nn.Module, # (B,3,H,W) float in [0,1] → (B,D), in evaluation mode; ranking is done on its device
     data:ReIDData, # Its `query` and `gallery` are scored
@@ -232,12 +271,19 @@ def evaluate_data(
     dist:Callable=cosine_dist, # As in `evaluate`
     protocol:str|Protocol=None, # A name in `protocols` or your own; by default that of `data`
     progress:bool=True, # Show a bar?
+    skip_bad:bool=False, # Leave unreadable images out, with a note, instead of naming them in an error?
 )->ReIDResult: # Scores of every query
-    "Score a model on any data, without a learner"
-    device = device_of(model)
-    dl = plain_dl(pd.concat([data.query,data.gallery]), preproc_of(model, preproc), bs, num_workers, device)
-    feats = split_emb(embed_batches(model, dl, dtype, progress), data)
-    return evaluate(*feats, dist, protocol, device=device)
+    "Score a model on any data, without a learner; every image is read once"
+    device,notes = device_of(model),[]
+    dl = tolerant_dl(pd.concat([data.query,data.gallery]), preproc_of(model, preproc), bs, num_workers, device)
+    emb = embed_batches(model, dl, dtype, progress)
+    if (bad := dl.dataset.bad).any():
+        if not skip_bad: raise dl.dataset.error()
+        data,note = _without(data, bad.numpy())
+        emb,notes = emb[~bad],[note]
+    res = evaluate(*split_emb(emb, data), dist, protocol, device=device)
+    res.notes += notes
+    return res
 
 # %% ../../nbs/07c_eval.inference.ipynb #bf294589
 @delegates(evaluate_data, but='data')

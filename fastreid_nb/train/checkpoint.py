@@ -49,12 +49,26 @@ def check_norm(
     if not ok: raise ValueError(f'mean={mean}, std={std}: expected values in [0,1], std above 0, as images are')
 
 
+# %% ../../nbs/06b_train.checkpoint.ipynb #b92eee69
+def plain_threshold(
+    threshold:float|dict, # Distance, or a dict with the distance as `value` and plain values beside it; None for none
+): # The same as plain Python
+    "A threshold that a checkpoint can hold"
+    if threshold is None: return None
+    threshold = threshold.to_dict() if hasattr(threshold, 'to_dict') else threshold
+    value = threshold.get('value') if isinstance(threshold, dict) else threshold
+    check_number('threshold', value, 0)
+    if not isinstance(threshold, dict): return float(threshold)
+    odd = [k for k,v in threshold.items() if type(v) not in (str,int,float,bool,type(None))]
+    if odd: raise ValueError(f'the threshold holds {odd} that are no plain values: expected text and numbers')
+    return threshold | dict(value=float(value))
+
 # %% ../../nbs/06b_train.checkpoint.ipynb #a04249f9
 def save_reid(
     path:str|Path, # File to write, by custom ending in .pt
     model:ReIDModel, # Model to keep, with a `preproc`; it may be compiled
     pids:list=None, # Training identity of each class; by default `model.pids`
-    threshold:float=None, # Distance below which two images count as one identity; by default `model.threshold`
+    threshold:float|dict=None, # Distance below which two images count as one identity, or a dict; by default `model.threshold`
 ):
     "Save a model with all that is needed to use it, in one file"
     state,model = plain_state(model),bare_module(model)
@@ -64,16 +78,15 @@ def save_reid(
     check_norm(preproc)
     pids = getattr(model, 'pids', []) if pids is None else pids
     threshold = getattr(model, 'threshold', None) if threshold is None else threshold
-    if threshold is not None: check_number('threshold', threshold, 0)
     ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=state,
         preproc=preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
-        threshold=None if threshold is None else float(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)))
+        threshold=plain_threshold(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)))
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(ck, f)
 
 @patch
 def save_reid(self:Learner,
     path:str|Path, # File to write, by custom ending in .pt
-    threshold:float=None, # Distance below which two images count as one identity; by default `model.threshold`
+    threshold:float|dict=None, # Distance below which two images count as one identity, or a dict; by default `model.threshold`
 ):
     "Save the model with its preprocessing and class ids, in one file"
     save_reid(path, self.model, self.dls.pids, threshold)
