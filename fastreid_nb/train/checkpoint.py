@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 import torch
 from fastai.learner import Learner
+from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from .. import __version__
 from torch import nn
@@ -88,8 +89,8 @@ def save_reid(self:Learner,
     path:str|Path, # File to write, by custom ending in .pt
     threshold:float|dict=None, # Distance below which two images count as one identity, or a dict; by default `model.threshold`
 ):
-    "Save the model with its preprocessing and class ids, in one file"
-    save_reid(path, self.model, self.dls.pids, threshold)
+    "Save the model with its preprocessing and class ids, in one file; of several processes the first one writes"
+    if not rank_distrib(): save_reid(path, self.model, self.dls.pids, threshold)
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #d2391e3b
 def is_ours(
