@@ -115,10 +115,10 @@ def test_early_end_keeps_the_average(learn):
     assert same(stop.want, tensors_of(learn.model))
 
 def test_swa_is_the_mean_of_epochs(learn):
-    class Ends(Callback):
+    class EpochEnds(Callback):
         def before_fit(self): self.rows = []
         def after_train(self): self.rows.append([o.detach().clone() for o in self.model.parameters()])
-    ends = Ends()
+    ends = EpochEnds()
     learn.fit(4, 1e-2, cbs=[SWA(.5, n_bn=3), ends])
     for o,a,b in zip(learn.model.parameters(), *ends.rows[2:]): assert torch.allclose(o, (a+b)/2, atol=1e-6)
 
