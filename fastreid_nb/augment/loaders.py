@@ -9,6 +9,7 @@ __all__ = ['ReIDDataset', 'ReIDLoader', 'PKLoader', 'plain_dl', 'reid_dls', 'Ite
 
 # %% ../../nbs/01e_augment.loaders.ipynb #9e4df331
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from inspect import signature
 from itertools import chain
 from warnings import warn
@@ -59,6 +60,7 @@ class ReIDLoader(TfmdDL):
     "Batches of a `ReIDDataset`, each made in one tensor of bytes"
     exact = True   # as in `Preproc.resize`
     patience = 45   # seconds that a worker may take for a batch
+    first = _first = 0   # batches left out at the start of the next epoch, and of the present one
     def __init__(self,
         dataset:ReIDDataset, # Images, identities and cameras
         bs:int=64, # Images in a batch
@@ -123,14 +125,20 @@ def sample(self:ReIDLoader):
     return (o for i,o in enumerate(self._todo) if i//(self.bs or 1)%self.num_workers==self.offs)
 
 @patch
+def _batches(self:ReIDLoader):
+    "Batches of bytes, from this process or from workers"
+    if self.fake_l.num_workers==0: return _SingleProcessDataLoaderIter(self.fake_l)
+    return WorkerBatches(self.fake_l, self.patience)
+
+@patch
 def _deliver(self:ReIDLoader):
     "As fastai's `__iter__`, but for a copy from pinned memory that does not wait"
     self.randomize()
     self.before_iter()
     self._todo = self.get_idxs()
     self.fake_l.pin_memory = self.pins
-    alone = self.fake_l.num_workers==0
-    batches = _SingleProcessDataLoaderIter(self.fake_l) if alone else WorkerBatches(self.fake_l, self.patience)
+    # to begin draws a number from torch; in an epoch that is entered in the middle it was drawn before
+    with torch.random.fork_rng(devices=[]) if self._first else nullcontext(): batches = self._batches()
     for b in batches:
         if type(b)==list: b = tuple(b)   # what pinning makes of a tuple
         if self.device is not None: b = to_device(b, self.device, non_blocking=self.pins)
@@ -160,7 +168,8 @@ def __iter__(self:ReIDLoader):
         short = in_short(e, self.fake_l.num_workers, self.patience)
         if short is e: raise
         raise short from (None if isinstance(short, ValueError|FileNotFoundError|TypeError) else e)
-    if n<len(self): raise RuntimeError(f'{n} of {len(self)} batches came: a process that reads images ended early; '
+    due = len(self)-self._first
+    if n<due: raise RuntimeError(f'{n} of {due} batches came: a process that reads images ended early; '
         'try fewer num_workers, or 0')
 
 # %% ../../nbs/01e_augment.loaders.ipynb #aaf0bed9
@@ -225,8 +234,9 @@ class PKLoader(ReIDLoader):
     def get_idxs(self):
         "Start an epoch"
         self._epoch,self.epoch,n = self.epoch,self.epoch+1,len(self)
+        self._first,self.first = self.first,0
         self.plan = self._draw(self.dataset)
-        if len(self)==n: return range(self.plan.size)
+        if len(self)==n: return range(self._first*self.bs, self.plan.size)
         raise ValueError(f'`batches` gave {len(self)} batches after {n}: expected the same number every epoch')
 
     def before_iter(self):

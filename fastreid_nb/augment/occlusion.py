@@ -61,6 +61,23 @@ class RandomPatch(Transform):
 
     def __getstate__(self): return {**self.__dict__, 'pool':deque(maxlen=self.pool.maxlen)}
 
+# %% ../../nbs/01c_augment.occlusion.ipynb #10a7629f
+@patch
+def state_dict(self:RandomPatch)->dict: # Tensors and plain Python
+    "The pool of patches and the generator of all choices"
+    pixels = torch.cat([o.flatten().cpu() for o in self.pool]) if self.pool else torch.zeros(0, dtype=torch.uint8)
+    return dict(rng=self.rng.bit_generator.state, pixels=pixels, shapes=[list(o.shape) for o in self.pool])
+
+@patch
+def load_state_dict(self:RandomPatch,
+    state:dict, # From `state_dict`
+):
+    "Go on where another `RandomPatch` was"
+    self.rng.bit_generator.state = state['rng']
+    sizes = [c*h*w for c,h,w in state['shapes']]
+    pieces = state['pixels'].split(sizes)
+    self.pool = deque((o.view(s) for o,s in zip(pieces, state['shapes'])), self.pool.maxlen)
+
 # %% ../../nbs/01c_augment.occlusion.ipynb #320b36e0
 @patch
 def cover(self:RandomPatch,

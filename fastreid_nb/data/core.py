@@ -195,6 +195,7 @@ class ReIDData:
     gallery:pd.DataFrame # Split to search in; pid -1 marks a distractor
     protocol:str|Protocol=None # A name in `protocols`, or your own; by default what `choose_protocol` says
     notes:list = field(default_factory=list) # What was decided for you while reading
+    held_out:bool=False # Are query and gallery cut out of training, so that choices may be made on them?
 
     def __post_init__(self):
         for k,df in self.splits.items(): setattr(self, k, _checked(df, f'{k} of {self.name!r}'))

@@ -24,7 +24,7 @@ def _carve(data, ids, name, seed):
     out = data.train.pid.isin(ids)
     q,g = query_tables(data.train[out], data.protocol, seed)
     rest = data.train[~out].reset_index(drop=True)
-    return with_answers(ReIDData(name, rest, q, g, data.protocol, [*data.notes]))
+    return with_answers(ReIDData(name, rest, q, g, data.protocol, [*data.notes], held_out=True))
 
 @patch
 def holdout(self:ReIDData,

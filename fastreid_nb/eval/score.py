@@ -59,6 +59,7 @@ class ScoreReID(Callback):
     def after_cancel_validate(self): self.due = False
     def after_validate(self):
         if self.due: self.learn.reid_result = self._score()
+        self.embs = []   # large, and used up
         if self.on and self._rec: self._log(self._rec)
 
 # %% ../../nbs/07d_eval.score.ipynb #5c6c2a89

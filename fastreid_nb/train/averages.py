@@ -87,6 +87,12 @@ class Averages(Callback):
         self._show(False)
         self.avg = None
 
+    def state_dict(self): return dict(n=self.n, swapped=self.swapped, avg=self.avg)
+    def load_state_dict(self, state):
+        "Go on in the middle of a fit, beside the weights that the model holds now"
+        self.n,self.swapped,self.avg = (state[k] for k in ('n','swapped','avg'))
+        self.now = tensors_of(self.model)
+
 # %% ../../nbs/06d_train.averages.ipynb #aaf7eea7
 @patch(as_prop=True)
 def _rec(self:Averages): return getattr(self.learn, 'recorder', None)

@@ -23,6 +23,7 @@ from ..backbone.weights import as_state, bare_module, bare_names, fill_network, 
 from ..heads.core import ReIDOut
 from ..heads.model import ReIDModel
 from ..heads.rebuild import model_from_recipe
+from .core import class_names
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #32687a2f
 def plain_state(
@@ -70,6 +71,7 @@ def save_reid(
     model:ReIDModel, # Model to keep, with a `preproc`; it may be compiled
     pids:list=None, # Training identity of each class; by default `model.pids`
     threshold:float|dict=None, # Distance below which two images count as one identity, or a dict; by default `model.threshold`
+    names:list=None, # Name of each training identity, with its data set before it; by default `model.pid_names`
 ):
     "Save a model with all that is needed to use it, in one file"
     state,model = plain_state(model),bare_module(model)
@@ -78,9 +80,11 @@ def save_reid(
         'set model.preproc to the Preproc it was trained with')
     check_norm(preproc)
     pids = getattr(model, 'pids', []) if pids is None else pids
+    names = getattr(model, 'pid_names', []) if names is None else names
     threshold = getattr(model, 'threshold', None) if threshold is None else threshold
     ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=state,
         preproc=preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
+        pid_names=[str(o) for o in names],
         threshold=plain_threshold(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)))
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(ck, f)
 
@@ -90,7 +94,7 @@ def save_reid(self:Learner,
     threshold:float|dict=None, # Distance below which two images count as one identity, or a dict; by default `model.threshold`
 ):
     "Save the model with its preprocessing and class ids, in one file; of several processes the first one writes"
-    if not rank_distrib(): save_reid(path, self.model, self.dls.pids, threshold)
+    if not rank_distrib(): save_reid(path, self.model, self.dls.pids, threshold, class_names(self.dls))
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #d2391e3b
 def is_ours(
@@ -161,7 +165,7 @@ def load_reid(
     path:str|Path, # Written by `save_reid`
     model:nn.Module=None, # Model to load into; by default rebuilt from the recipe in the file
     device:str|torch.device='cpu', # Where the model goes
-)->ReIDModel: # In evaluation mode, with the `preproc`, `pids`, `threshold` and `n_epochs` of the file
+)->ReIDModel: # In evaluation mode, with the `preproc`, `pids`, `pid_names`, `threshold` and `n_epochs` of the file
     "Load a model together with its preprocessing"
     ck = _read_checkpoint(path)
     preproc = _read_preproc(ck, path)
@@ -172,5 +176,59 @@ def load_reid(
     inner.preproc = preproc
     if ck['test_on'] is not None: inner.test_on = check_choice('test_on', ck['test_on'], ReIDOut._fields)
     inner.pids,inner.threshold,inner.n_epochs = ck['pids'],ck['threshold'],ck.get('n_epochs', 0)
+    inner.pid_names = ck.get('pid_names', [])
     return model.to(device, memory_format=torch.channels_last).eval()
 
+
+# %% ../../nbs/06b_train.checkpoint.ipynb #1f8b8952
+def class_rows(
+    names, # Names of weights
+)->list: # Those with a row for each identity
+    "Weights of the classifiers"
+    return [k for k in names if 'classifier' in k.split('.')]
+
+def taken_rows(
+    old:torch.Tensor, # Rows of the file, (n_old,…); None if it has none
+    new:torch.Tensor, # Rows of the model, (n_new,…)
+    pairs:list, # (row of the model, row of the file) of the same identity
+)->torch.Tensor: # As `new`
+    "Rows of the model, where the file knows the identity those of the file"
+    out = new.clone()
+    if old is None or not pairs or old.shape[1:]!=new.shape[1:]: return out
+    to,of = (torch.tensor(o) for o in zip(*pairs))
+    out[to.to(out.device)] = old[of].to(out)
+    return out
+
+# %% ../../nbs/06b_train.checkpoint.ipynb #81443abf
+def _pairs(ck, path, names, head):
+    "Rows of the model and of the file that belong to the same identity"
+    old = ck.get('pid_names', [])
+    if head=='drop': return []
+    if head=='match' and not old: raise ValueError(f"{path} does not say who its classes are, so that none can be matched "
+        "(versions before 0.0.2 did not write it): expected head='drop', or 'keep' for the same identities")
+    if head=='match':
+        where = {o:i for i,o in enumerate(old)}
+        return [(i,where[o]) for i,o in enumerate(names) if o in where]
+    n_old = len(ck['pids'] or old)
+    if n_old!=len(names) or old and old!=names: raise ValueError(f"{path} was trained on {n_old} identities, the learner "
+        f"has {len(names)}, and they are not the same: expected head='match' or head='drop'")
+    return [(i,i) for i in range(n_old)]
+
+# %% ../../nbs/06b_train.checkpoint.ipynb #1fcdc1e5
+@patch
+def load_reid(self:Learner,
+    path:str|Path, # Written by `save_reid`, for a model of the same architecture
+    head:str='match', # Rows of the classifier: 'match' by the name of the identity, 'keep' all, or 'drop' all
+)->int: # Identities whose rows were taken over
+    "Take over the weights of a checkpoint, for the same identities or for others; the optimiser starts anew"
+    check_choice('head', head, ('match','keep','drop'))
+    ck = _read_checkpoint(path)
+    preproc,model = _read_preproc(ck, path),bare_module(self.model)
+    if (preproc.mean,preproc.std)!=(model.preproc.mean,model.preproc.std): raise ValueError(f'{path} normalises with '
+        f'{preproc.mean}, {preproc.std}, the learner with {model.preproc.mean}, {model.preproc.std}: expected the same')
+    pairs,own = _pairs(ck, path, class_names(self.dls), head),model.state_dict()
+    rows = {k:taken_rows(ck['state'].get(k), own[k], pairs) for k in class_rows(own)}
+    kept = {k:v for k,v in ck['state'].items() if k not in class_rows(ck['state'])}
+    fill_network(model, kept|rows, path, ignore=())
+    self.opt = None
+    return len(pairs)

@@ -19,10 +19,10 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders
+from fastai.imports import noop
 from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import params
-from fastcore.basics import noop
 from fastcore.foundation import L
 from torch import nn
 from ..data.files import check_number, has_screen, later
@@ -112,6 +112,17 @@ def check_monitor(
     known = [o for o in names if o not in ('epoch','time')]
     raise ValueError(f"{type(cb).__name__}: monitor={cb.monitor!r}: {why}; monitor 'mAP' or 'rank-1' (of {known})")
 
+# %% ../../nbs/06_train.ipynb #2118262d
+def class_names(
+    dls:DataLoaders, # From `reid_dls`
+)->list: # One text for each of `dls.pids`; none where the loaders have no table
+    "Data set and name of each identity in training"
+    if not hasattr(dls, 'data'): return []
+    df = dls.data.train.drop_duplicates('pid').set_index('pid').loc[list(dls.pids)]
+    codes = df.index.to_series()
+    names = df.pid_name.where(df.pid_name.notna(), codes) if 'pid_name' in df else codes
+    return [f'{a}/{b}' for a,b in zip(df.dsetid, names)]
+
 # %% ../../nbs/06_train.ipynb #8de56028
 class ReIDLearner(Learner):
     "A `Learner` whose callbacks are undone on every exit from a fit, errors and Ctrl-C included"
@@ -122,7 +133,7 @@ class ReIDLearner(Learner):
         if wd is not None: check_number('wd', wd, 0)
         names = ['train_loss', *(o.name for o in self.metrics), 'mAP', 'rank-1']
         for o in [*self.cbs, *cbs]: check_monitor(o, names)
-        self.model.pids = list(getattr(self.dls, 'pids', []))
+        self.model.pids,self.model.pid_names = list(getattr(self.dls, 'pids', [])),class_names(self.dls)
         try:
             with self.lines(): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, **kwargs)
         finally:

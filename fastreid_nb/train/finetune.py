@@ -8,12 +8,13 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.finetune.html.md"""
 __all__ = ['KeepBest']
 
 # %% ../../nbs/06g_train.finetune.ipynb #1717f777
+import re
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
-from ..data.files import check_number
+from ..data.files import check_choice, check_number
 from .core import ReIDLearner, check_lr
 from .schedules import FreezeBackbone
 
@@ -37,22 +38,36 @@ def lr_find(self:ReIDLearner,
 
 # %% ../../nbs/06g_train.finetune.ipynb #85858607
 class KeepBest(Callback):
-    "End a fit that finds the validation identities no better, with the weights of its best epoch"
+    "Keep the weights of the epoch in which the validation identities are found best, and end a fit that gets no better"
     order,run_valid = 65,False # after ScoreReID
     def __init__(self,
-        patience:int=5, # Epochs without a better mAP after which the fit ends
+        patience:int=5, # Epochs without a better score after which the fit ends; None goes to its end
+        monitor:str='mAP', # Score that is watched: 'mAP', 'mINP' or 'rank-1', 'rank-5' …
+        on:str='holdout', # Whose score: of identities that were held out; or of the 'test', if you mean it
     ):
-        self.patience = check_number('patience', patience, 1, whole=True)
+        self.patience = patience if patience is None else check_number('patience', patience, 1, whole=True)
+        if not re.fullmatch('mAP|mINP|rank-[1-9][0-9]*', str(monitor)): raise ValueError(
+            f"monitor={monitor!r}: expected 'mAP', 'mINP' or 'rank-1'")
+        self.monitor,self.on = monitor,check_choice('on', on, ('holdout','test'))
 
-    def before_fit(self): self.best,self.best_epoch,self.state,self.result = -1.,0,None,None
+    def before_fit(self):
+        data = getattr(self.dls, 'data', None)
+        if self.on=='holdout' and not getattr(data, 'held_out', True): raise ValueError(f'KeepBest would choose an epoch '
+            f"on the test of {data.name!r}, which is for reporting: train on data.holdout(), or say KeepBest(on='test')")
+        self.best,self.best_epoch,self.state = -1.,0,None
+        self.result = getattr(self.learn, 'reid_result', None) # of an earlier fit
+
+    def _score(self, result):
+        return result.rank(int(self.monitor[5:])) if self.monitor[:5]=='rank-' else getattr(result, self.monitor)
+
     def after_epoch(self):
         result = getattr(self.learn, 'reid_result', None)
         if result is None or result is self.result: return # not scored in this epoch
-        self.result = result
-        if result.mAP>self.best:
-            self.best,self.best_epoch = result.mAP,self.epoch
+        self.result,score = result,float(self._score(result))
+        if score>self.best:
+            self.best,self.best_epoch = score,self.epoch
             self.state = {k:v.detach().clone() for k,v in self.model.state_dict().items()}
-        elif self.epoch-self.best_epoch>=self.patience: raise CancelFitException()
+        elif self.patience and self.epoch-self.best_epoch>=self.patience: raise CancelFitException()
 
     def after_fit(self):
         if self.state: self.model.load_state_dict(self.state)

@@ -134,6 +134,9 @@ class ParamGroups(Callback):
         if self.home: self.home()
         self.home = None
 
+    def state_dict(self): return {}   # nothing is remembered from one step to the next
+    def load_state_dict(self, state): pass
+
 # %% ../../nbs/06c_train.groups.ipynb #0c80ad4c
 def param_table(
     learn:Learner, # With `ParamGroups` among its callbacks, or without

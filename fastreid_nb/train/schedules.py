@@ -146,6 +146,12 @@ class FreezeBackbone(Callback):
     def _train(self, mode=True):
         for o in self.nets: o.train(mode)
 
+    def state_dict(self): return dict(n=self.n, frozen=bool(self.was))
+    def load_state_dict(self, state):
+        "Go on in the middle of a fit: with the backbone given back, if it was"
+        self.n = state['n']
+        if not state['frozen']: self.undo()
+
 # %% ../../nbs/06a_train.schedules.ipynb #ed0c4468
 def _length(n_epoch, epoch_iters, name, epochs, iters, share):
     "A length in epochs, given in one of two units or as a share of all"
