@@ -108,7 +108,8 @@ def auc(self:Roc)->float: # In [0,1]; 0.5 is chance
     "Area under the curve of TAR over FAR"
     near,far = np.split(self.impostor, [self.n_exact])
     counts = _before(self.genuine, near)
-    if len(far): counts = np.r_[counts, _before(*(_bins(o).numpy() for o in (self.genuine,far)))]   # what shares a bin is equal
+    if len(far):   # what shares a bin counts as equal
+        counts = np.r_[counts, _before(*(_bins(o).numpy() for o in (self.genuine,far)))]
     return float(counts@self.weight/self.n_genuine/self.n_impostor)
 
 @patch
@@ -276,7 +277,8 @@ def plot(self:Roc,
     right.hist(self.impostor, bins, weights=self.weight, density=True, alpha=.6, color='#c8281e',
         hatch='//', label='impostor')
     if far is not None: right.axvline(self.threshold(far), color='k', ls='--', label=f'FAR {far:g}')
-    right.set(xlabel=f'distance ({self.metric})', ylabel='density', title='barely separate' if _overlap(self) else 'pairs')
+    title = 'barely separate' if _overlap(self) else 'pairs'
+    right.set(xlabel=f'distance ({self.metric})', ylabel='density', title=title)
     right.legend()
     return fig
 
@@ -285,7 +287,8 @@ def plot(self:Roc,
 def fastreid_roc(self:Roc)->tuple: # Its FPR, its TPR, and thresholds from far to near, (n,) each
     "The curve that FastReID prints: how many genuine and impostor pairs are at `thr` or farther"
     if self.n_exact<self.n_impostor:
-        raise ValueError(f'{self.n_exact:,} of {self.n_impostor:,} impostor pairs were kept: give keep={self.n_impostor}')
+        found = f'{self.n_exact:,} of {self.n_impostor:,} impostor pairs were kept'
+        raise ValueError(f'{found}: give keep={self.n_impostor}')
     thr = np.union1d(self.genuine, self.impostor)[::-1]
     n_gen,n_imp = (len(o)-np.searchsorted(o, thr) for o in (self.genuine,self.impostor))
     bend = (np.diff(n_gen, 2)!=0) | (np.diff(n_imp, 2)!=0)
