@@ -108,7 +108,8 @@ def auc(self:Roc)->float: # In [0,1]; 0.5 is chance
     "Area under the curve of TAR over FAR"
     near,far = np.split(self.impostor, [self.n_exact])
     counts = _before(self.genuine, near)
-    if len(far): counts = np.r_[counts, _before(*(_bins(o).numpy() for o in (self.genuine,far)))]   # what shares a bin is equal
+    if len(far):   # what shares a bin counts as equal
+        counts = np.r_[counts, _before(*(_bins(o).numpy() for o in (self.genuine,far)))]
     return float(counts@self.weight/self.n_genuine/self.n_impostor)
 
 @patch
@@ -147,14 +148,18 @@ class _Nearest:
 
     def add(self, d, out, first):
         "Take in the block `d` (q,G) without the pairs numbered `out`; `first` is the number of its first pair"
-        flat = d.reshape(-1)
-        out = torch.as_tensor(out, device=d.device)
-        self.count(flat, 1)
-        self.count(flat[out], -1)
-        near = flat<self.cut
+        flat,out,size = d.reshape(-1),np.sort(out),2**20   # a million at a time stay in the cache
+        for i in range(0, len(flat), size):
+            mine = out[slice(*out.searchsorted([i,i+size]))]-i
+            self.add_some(flat[i:i+size], torch.from_numpy(mine).to(d.device), first+i)
+
+    def add_some(self, d, out, first):
+        self.count(d, 1)
+        self.count(d[out], -1)
+        near = d<self.cut
         near[out] = False
         at = _positions(near)
-        self.dists.append(flat[at].cpu())
+        self.dists.append(d[at].cpu())
         self.at.append(at.cpu()+first)
         self.n += len(at)
         if self.n>2*self.keep: self.shrink()
@@ -202,7 +207,7 @@ def roc_dist(
     g:pd.DataFrame, # G rows, likewise
     protocol:str|Protocol=None, # Name or your own; else that of the features, else `choose_protocol`
     keep:int=2**18, # Impostor pairs that are kept exactly, the nearest; the others are counted in bins
-    chunk:int=None, # Queries at a time; by default as many as keep chunk × G below 2 million
+    chunk:int=None, # Queries at a time; by default as many as keep their distances at 64 MB
     metric:str='given', # Name of the distance, for the table
 )->Roc: # Of all pairs of a query and a gallery image
     "Sort all pairs into genuine and impostor, without storing them"
@@ -210,7 +215,7 @@ def roc_dist(
     pairs = Pairs(q, g, protocol)
     n_q,n_g = len(pairs.q),len(pairs.g)
     genuine,at,near = [],[],_Nearest(keep)
-    for block in _blocks(_rows_of(dist, n_q, n_g), pairs, np.arange(n_q), chunk or max(1, 2**21//n_g)):
+    for block in _blocks(_rows_of(dist, n_q, n_g), pairs, np.arange(n_q), chunk):
         first = int(block.rows[0])*n_g   # the number of the first pair
         same,gone = (row*n_g+col for row,col in (block.same,block.gone))
         genuine.append(block.dist.flatten()[same].cpu().numpy())
@@ -272,7 +277,8 @@ def plot(self:Roc,
     right.hist(self.impostor, bins, weights=self.weight, density=True, alpha=.6, color='#c8281e',
         hatch='//', label='impostor')
     if far is not None: right.axvline(self.threshold(far), color='k', ls='--', label=f'FAR {far:g}')
-    right.set(xlabel=f'distance ({self.metric})', ylabel='density', title='barely separate' if _overlap(self) else 'pairs')
+    title = 'barely separate' if _overlap(self) else 'pairs'
+    right.set(xlabel=f'distance ({self.metric})', ylabel='density', title=title)
     right.legend()
     return fig
 
@@ -281,7 +287,8 @@ def plot(self:Roc,
 def fastreid_roc(self:Roc)->tuple: # Its FPR, its TPR, and thresholds from far to near, (n,) each
     "The curve that FastReID prints: how many genuine and impostor pairs are at `thr` or farther"
     if self.n_exact<self.n_impostor:
-        raise ValueError(f'{self.n_exact:,} of {self.n_impostor:,} impostor pairs were kept: give keep={self.n_impostor}')
+        found = f'{self.n_exact:,} of {self.n_impostor:,} impostor pairs were kept'
+        raise ValueError(f'{found}: give keep={self.n_impostor}')
     thr = np.union1d(self.genuine, self.impostor)[::-1]
     n_gen,n_imp = (len(o)-np.searchsorted(o, thr) for o in (self.genuine,self.impostor))
     bend = (np.diff(n_gen, 2)!=0) | (np.diff(n_imp, 2)!=0)

@@ -33,6 +33,7 @@ from ..heads.speed import best_dtype
 from ..train.core import reid_learner
 from ..train.checkpoint import is_ours
 from ..eval.inference import evaluate_data
+from ..eval import intervals # the method `ReIDResult.intervals`; chkstyle: ignore
 from ..weights.load import load_pretrained
 from .core import Signals, end_workers, must_exist, read_data, run_folder
 from .core import _hw, _leave, _run, _say, _writable
@@ -219,6 +220,14 @@ def reid_train(
         learn = reid_learner(dls, dtype=_precisions[precision], **start(len(dls.pids)))
         _run(learn, out, epochs, lr, freeze_iters=freeze_iters)
 
+# %% ../../nbs/15a_recipes.cli.ipynb #f53149d9
+def _how_sure(res):
+    "Intervals of the scores, as a line; '' if there is one identity"
+    if res.q.pid[res.used].nunique()<2: return ''
+    table = 100*res.intervals().loc[['mAP','mINP','rank-1']]
+    ends = [f'{k} {o.low:.1f} to {o.high:.1f} %' for k,o in table.iterrows()]
+    return f'with other people, 95 of 100 times: {", ".join(ends)}'
+
 # %% ../../nbs/15a_recipes.cli.ipynb #efb47e0a
 def reid_eval(
     checkpoint:str, # Written by `reid demo`, `reid train` or `save_reid`; or any file of weights
@@ -240,7 +249,9 @@ def reid_eval(
     data = read_data(path, regex, test_frac, seed).check(skip_bad, progress=has_screen())
     _say(data)
     dtype = _precisions[precision] or best_dtype(device, training=False)
-    _leave(evaluate_data(model, data, num_workers=workers, dtype=dtype), out)
+    res = evaluate_data(model, data, num_workers=workers, dtype=dtype)
+    if sure := _how_sure(res): _say('', sure)
+    _leave(res, out)
 
 # %% ../../nbs/15a_recipes.cli.ipynb #fcaafe36
 def reid_doctor(
