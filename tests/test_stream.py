@@ -1,7 +1,6 @@
 "Counting instead of sorting: properties against a ten-line loop, golden files, draws, files of results, and extraction that resumes"
 import json, pickle
 from dataclasses import replace
-from functools import partial
 
 import matplotlib
 matplotlib.use('agg')
@@ -9,9 +8,7 @@ import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.data.core import Protocol, ReIDData
-from fastreid_nb.data.pairs import Pairs
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.eval import core

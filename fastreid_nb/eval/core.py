@@ -28,10 +28,11 @@ def _row_ranks(d, same, gone):
     nearer = np.sort(d[near])
     rank = nearer.searchsorted(match)+1   # one more than the number of nearer images
     tied = nearer.searchsorted(match, 'right')>rank
-    for i in np.flatnonzero(tied):
+    for i in tied.nonzero()[0]:
         earlier = same[i]   # in the order of the gallery: only the columns before this one
         rank[i] += np.count_nonzero(near[:earlier] & (d[:earlier]==match[i]))
-    return np.sort(rank)
+    rank.sort()
+    return rank
 
 # %% ../../nbs/07_eval.ipynb #aaae3d29
 def _scores(ranks, n):
@@ -340,19 +341,16 @@ def _notes(res, n_present, n_equal):
 
 
 # %% ../../nbs/07_eval.ipynb #e5843322
-def _n_flat(d):
-    "How many rows of `d` (q,G) hold one distance only, up to rounding"
-    if not d.shape[1]: return 0
+def _flat(d):
+    "Whether each row of `d` (q,G) holds one distance only, up to rounding"
     least,most = d.aminmax(dim=1)
-    return int((most-least<=1e-6*most.abs().clamp_min(1)).sum())
+    return most-least<=1e-6*most.abs().clamp_min(1)
 
 def _n_equal(d):
-    "As `_n_flat`, but most rows are told by a few of their distances"
+    "How many rows are flat; for most of them a few of their distances tell that they are not"
     if d.shape[1]<2: return 0
-    few = d[:,::d.shape[1]//16+1]
-    least,most = few.aminmax(dim=1)
-    return _n_flat(d[most-least<=1e-6*most.abs().clamp_min(1)])
-
+    some = d[_flat(d[:,::d.shape[1]//16+1])]
+    return int(_flat(some).sum())
 
 # %% ../../nbs/07_eval.ipynb #c1dcb228
 def _rank_blocks(res, pairs, used):

@@ -31,8 +31,8 @@ def _pair(q, g):
     return q.to(g.device, dtype), g, dtype
 
 def _tiles(x):
-    "Slices of rows, 4 million numbers each"
-    size = max(1, 2**22//max(1, x.shape[1]))
+    "Slices of rows, 2 million numbers each"
+    size = max(1, 2**21//max(1, x.shape[1]))
     return [slice(i, i+size) for i in range(0, len(x), size)]
 
 # %% ../../nbs/07a_eval.features.ipynb #efce03ef
@@ -47,13 +47,15 @@ def _not_finite(x, side):
     if not bad: return ''
     return f'{len(bad)} of {len(x)} {side} features hold NaN or infinity, in {_some(bad)}: did training diverge?'
 
-def _pairwise(f, q, g):
-    "(Q,G), whose columns `f(q, tile, rows, out)` fills; never under autocast, which would round to 8 bits"
+def _pairwise(f, q, g, least=0., most=np.inf):
+    "(Q,G) from `least` to `most`, whose columns `f(q, tile, rows, out)` fills; never under autocast, which keeps 8 bits"
     q,g,dtype = _pair(q, g)
     d = torch.empty(len(q), len(g), dtype=dtype, device=g.device)
     with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
         for rows in _tiles(g): f(q, g[rows].to(dtype), rows, d[:,rows])
-    if not d.numel() or all(o.isfinite() for o in d.aminmax()): return d
+    low,high = (o.item() for o in d.aminmax()) if d.numel() else (least,least)
+    if least<=low and high<=most and high<np.inf: return d
+    if -np.inf<low and high<np.inf: return d.clamp_(least, most)   # rounded past the end
     advice = 'the features are finite but their distances are not: scale the features down'
     raise ValueError(_not_finite(q, 'query') or _not_finite(g, 'gallery') or advice)
 
@@ -76,14 +78,23 @@ class CosineTo:
         length = _lengths(self.g) if self.g.ndim==2 else torch.ones(0)
         self.inv = 1/length
         self.safe = ((length>1e-15) & (length<1e15)).cpu()
+        self.buffer = None
+
+    def _scratch(self, q, tile):
+        "Room for one product, the same for all tiles: into the wide rows of the result a product takes far longer"
+        n = len(q)*len(tile)
+        if self.buffer is None: self.buffer = q.new_empty(n)
+        return self.buffer[:n].view(len(q), len(tile))
 
     def _fill(self, q, tile, rows, out):
         if not self.safe[rows].all(): tile,inv = _unit(tile),torch.ones_like(self.inv[rows])
         else: inv = self.inv[rows]
-        torch.mm(q, tile.T, out=out)
-        torch.addcmul(out.new_ones(()), out, inv.to(out.dtype), value=-1, out=out).clamp_(0,2)   # 1 - cos
+        cos = torch.mm(q, tile.T, out=self._scratch(q, tile))
+        torch.addcmul(cos.new_ones(()), cos, inv.to(cos.dtype), value=-1, out=out)   # 1 - cos
 
-    def __call__(self, q): return _pairwise(lambda x,*args: self._fill(_unit(x),*args), q, self.g)
+    def __call__(self, q):
+        self.buffer = None
+        return _pairwise(self._fill, _unit(_pair(q, self.g)[0]), self.g, 0, 2)
 
 # %% ../../nbs/07a_eval.features.ipynb #4c378f54
 def cosine_dist(
