@@ -7,6 +7,7 @@ from fastreid_nb.recipes.core import read_data
 from fastreid_nb.recipes.cli import reid_main as main
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
+from fastreid_nb.train.resume import Resumable
 
 quick = '--backbone resnet18 --weights none --epochs 1 --size 64x32 --p 3 --k 2 --workers 0'.split()
 
@@ -133,3 +134,22 @@ def test_doctor_wrong_calls(capsys, tmp_path, folder, monkeypatch):
     def broken(*args, **kwargs): raise OSError(5, 'Input/output error')
     monkeypatch.setattr(copies, '_scan_chunk', broken)
     assert 'Input/output error' in says(capsys, 1, 'doctor', folder)
+
+def test_a_killed_run_goes_on(capsys, tmp_path, folder, monkeypatch):
+    "Killed after an epoch: the same command goes on, another one is refused, and states go when the model is there"
+    words = 'train', folder, *quick, '--epochs', 2, '--precision', 'float32'
+    def run(*more): return main([str(o) for o in (*words, *more)])
+    after = Resumable.after_epoch
+    def die(self):
+        after(self)
+        raise SystemExit
+    monkeypatch.setattr(Resumable, 'after_epoch', die)
+    with pytest.raises(SystemExit): run('--out', tmp_path/'o')
+    monkeypatch.undo()
+    (tmp_path/'o'/'model_interrupted.pt').unlink()
+    assert run('--out', tmp_path/'o')==0 and 'holds a run that did not end' in capsys.readouterr().out
+    assert 'batches.seed: 0 → 5' in says(capsys, 1, *words, '--resume', tmp_path/'o', '--seed', 5)
+    assert run('--resume', tmp_path/'o')==0 and 'the run goes on in epoch 1 of 2' in capsys.readouterr().out
+    a,b = (load_reid(tmp_path/o/'model.pt').state_dict() for o in ('o-2','o'))
+    assert all((a[k]==b[k]).all() for k in a) and not (tmp_path/'o'/'run').exists()
+    assert 'holds no run that could go on' in says(capsys, 1, *words, '--resume', tmp_path/'o')

@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.cli.html.md"""
 __all__ = ['reid_commands', 'reid_main']
 
 # %% ../../nbs/15a_recipes.cli.ipynb #a1709857
-import inspect, re, signal, sys, warnings
+import inspect, re, shutil, signal, sys, warnings
 from ast import literal_eval
 from copy import deepcopy
 from dataclasses import replace
@@ -32,6 +32,7 @@ from ..heads.rebuild import model_from_recipe
 from ..heads.speed import best_dtype
 from ..train.core import reid_learner
 from ..train.checkpoint import is_ours
+from ..train.resume import Resumable, state_files
 from ..eval.inference import evaluate_data
 from ..eval import intervals # the method `ReIDResult.intervals`; chkstyle: ignore
 from ..weights.load import load_pretrained
@@ -208,17 +209,27 @@ def reid_train(
     skip_bad:bool=False, # Leave unreadable images out instead of stopping?
     overwrite:bool=False, # Replace an earlier run in the folder?
     out:str='reid_train', # Folder for model.pt and ranked_list.png; a new one beside it if it holds a model
+    resume:str='', # Folder of a run that did not end, to go on with; other options as they were
+    force:bool=False, # Go on although options or data differ, where it is safe?
 ):
     "Train on your own images"
     check_options(locals())
     must_exist(path)
-    with run_folder(out, overwrite) as out:
+    if resume and not state_files(Path(resume)/'run'): raise ValueError(f'{resume} holds no run that could go on: '
+        'expected the folder of a `reid train` that was killed (option --resume)')
+    with run_folder(resume or out, overwrite or resume!='') as out:
+        if not resume: shutil.rmtree(out/'run', ignore_errors=True)
+        going = Resumable(out/'run', every_minutes=10, resume=resume!='', force=force)
         preproc,start = start_model(backbone, weights, size, seed)
         data = read_data(path, regex, test_frac, seed).check(skip_bad, progress=has_screen())
         if p is None: p = min(16, max(2, data.train.pid.nunique()))
         dls = reid_dls(data, preproc.size, p, k, preproc=preproc, num_workers=workers, seed=seed)
         learn = reid_learner(dls, dtype=_precisions[precision], **start(len(dls.pids)))
-        _run(learn, out, epochs, lr, freeze_iters=freeze_iters)
+        try: _run(learn, out, epochs, lr, [going], freeze_iters=freeze_iters)
+        except BaseException:
+            if state_files(out/'run'): _say(f'the same command goes on with --resume {out}')
+            raise
+        shutil.rmtree(out/'run', ignore_errors=True)   # the model is there
 
 # %% ../../nbs/15a_recipes.cli.ipynb #f53149d9
 def _how_sure(res):

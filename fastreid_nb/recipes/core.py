@@ -117,9 +117,10 @@ def _take(folder, overwrite):
     _writable(folder)
     lock = _locked(folder)
     if lock is None: return None,'is in use by another run'
-    if overwrite or not any((folder/o).exists() for o in ('model.pt','model_interrupted.pt')): return lock,''
+    left = [o for o in ('model.pt','model_interrupted.pt','run') if (folder/o).exists()]
+    if overwrite or not left: return lock,''
     _unlock(folder, lock, True)
-    return None,'holds the model of an earlier run'
+    return None,'holds a run that did not end' if left==['run'] else 'holds the model of an earlier run'
 
 @contextmanager
 def run_folder(
@@ -211,17 +212,17 @@ def _keep(learn, out):
     else: _say('', f'stopped early; what was learnt so far is in {path}')
 
 # %% ../../nbs/15_recipes.ipynb #3d6e4ca2
-def _run(learn, out, epochs, lr, **kwargs):
+def _run(learn, out, epochs, lr, cbs=(), **kwargs):
     "Score, train, score again; leave a checkpoint and ranked lists in the folder `out`"
     _say(learn.dls.data, '')
     rows = {k:dict(o) for k,o in floor_scores(learn.dls.data, progress=True).iterrows()}
     rows['untrained network'] = learn.evaluate().to_dict()
     _say('Before training, in percent:', _percent(rows), '')
-    try: learn.fit_warmup_cos(epochs, lr, cbs=HeedSignals(), **kwargs)
+    try: learn.fit_warmup_cos(epochs, lr, cbs=[HeedSignals(), *cbs], **kwargs)
     except BaseException:
         _keep(learn, out)
         raise
-    res = learn.reid_result
+    res = getattr(learn, 'reid_result', None) or learn.evaluate()   # a resumed run may have had no epoch left
     rows['trained network'] = res.to_dict()
     _say('', 'Identities never seen in training, in percent:', _percent(rows), '', res, '')
     learn.save_reid(out/'model.pt')
