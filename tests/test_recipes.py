@@ -88,7 +88,7 @@ def test_interrupted_training_keeps_what_was_learnt(capsys, tmp_path, folder, mo
     assert main(['train', str(folder), *quick, '--out', str(tmp_path/'o')])==130
     assert 'stopped early' in capsys.readouterr().out
     assert not load_reid(tmp_path/'o'/'model_interrupted.pt').training
-    assert [o.name for o in (tmp_path/'o').iterdir()]==['model_interrupted.pt']
+    assert sorted(o.name for o in (tmp_path/'o').iterdir())==['model_interrupted.pt','run']
 
 def test_nothing_learnt_nothing_written(capsys, tmp_path, folder):
     (tmp_path/'o').mkdir()

@@ -177,7 +177,7 @@ def test_torch_optimiser(data, tmp_path):
 def test_broken_newest(data, whole, broken, how):
     newest = state_files(broken)[0][1]
     content = bytearray(newest.read_bytes())
-    content[len(content)//2] ^= 255
+    for i in range(len(content)//4, len(content)//2, 97): content[i] ^= 255 # one alone may hit what fills gaps between tensors
     if how=='foreign': torch.save({'weights':torch.ones(2)}, newest)
     else: newest.write_bytes(dict(truncated=bytes(content[:4000]), flipped=bytes(content), empty=b'')[how])
     state,path,said = last_state(broken)
@@ -231,7 +231,7 @@ def test_nan_is_not_written(data, tmp_path):
     (lambda l,d: setattr(l.dls.train, 'augs', [hflip]), 'batches.augmentation'),
     (lambda l,d: setattr(l.loss_func.terms[2], 'margin', .5), 'loss.terms'),
     (lambda l,d: setattr(l, 'wd', .1), 'optimiser.wd'),
-    (lambda l,d: l.add_cb(WatchLoss()), 'callbacks.WatchLoss 2'),
+    (lambda l,d: l.add_cb(WatchLoss()), r'callbacks.WatchLoss \d'),
     (lambda l,d: setattr(l.dls.data, 'query', d.query.iloc[1:]), 'data.query')])
 def test_other_settings(data, broken, change, names):
     learn = new_learner(replace(data))

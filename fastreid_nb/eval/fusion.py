@@ -52,7 +52,9 @@ class Calibrator:
         if not isinstance(d, torch.Tensor): return np.interp(d, self.x, self.y)
         p = np.interp(d.detach().cpu().numpy(), self.x, self.y)
         return torch.from_numpy(p).to(d.device, torch.float32)
-    def dist(self, d):
+    def dist(self,
+        d:np.ndarray, # Distances, any shape
+    )->np.ndarray: # Same shape
         "One minus the probability, and a millionth of the old distance to keep the order on flat parts"
         return 1-self(d)+1e-6*(d-self.x[0])/(self.x[-1]-self.x[0]+1e-12)
 
@@ -62,7 +64,7 @@ def fit(cls:Calibrator,
     roc:Roc, # Distances of genuine and impostor pairs of held-out people
     how:str='isotonic', # Or 'logistic'
     prior:float=.5, # Share of genuine pairs where the probability is used, in (0,1)
-)->Calibrator:
+)->Calibrator: # A function of distances
     "Learn what a distance means"
     check_choice('how', how, ('isotonic','logistic'))
     if not 0<prior<1: raise ValueError(f'prior={prior}: expected a share between 0 and 1, without both ends')

@@ -67,7 +67,7 @@ def plot_cmc(
     results:ReIDResult|list|dict, # One, several, or names → results
     max_rank:int=20, # Longest list
     ax:plt.Axes=None, # Where to draw; by default a new figure
-)->plt.Axes:
+)->plt.Axes: # With a line for each result
     "CMC curves, with mAP and rank-1 in the legend; a band of one standard deviation for single-shot galleries"
     check_number('max_rank', max_rank, 1, whole=True)
     if ax is None: ax = plt.subplots(figsize=(5,3), layout='constrained')[1]

@@ -67,7 +67,10 @@ class Threshold:
     n_impostor:int=None
     metric:str='cosine' # Name of the distance
 
-    def to_dict(self): return asdict(self)
+    def to_dict(self)->dict: # Plain numbers and text
+        "What a checkpoint keeps"
+        return asdict(self)
+
     def __repr__(self):
         if self.far is None: return f'Threshold {self.value:.4f} ({self.metric})'
         return (f'Threshold {self.value:.4f} [{self.low:.4f}, {self.high:.4f}] ({self.metric}) for FAR {self.far:g} '
@@ -95,7 +98,7 @@ def fit(cls:Threshold,
     far:float=1e-3, # Wanted share of accepted impostor pairs, in (0,1)
     n:int=200, # Draws for the intervals
     seed:int=0, # Of the draws
-)->Threshold:
+)->Threshold: # With intervals of its distance and of its FAR
     "The largest threshold that accepts at most this share of impostor pairs"
     roc = dists if isinstance(dists, Roc) else Roc(*dists, metric='cosine')
     check_number('n', n, 100, whole=True)
@@ -123,7 +126,7 @@ def fit_threshold(self:Learner,
 @patch(cls_method=True)
 def of(cls:Threshold,
     model:nn.Module, # A model with `threshold`, a dict or a distance
-)->Threshold:
+)->Threshold: # Of a plain distance only the value is known
     "The threshold of a model"
     found = getattr(bare_module(model), 'threshold', None)
     if isinstance(found, dict): return cls(**found)
@@ -156,7 +159,7 @@ def same(self:ReIDModel,
     a, # Path, PIL image, (H,W,3) array or (3,H,W) tensor, as in `embed`
     b, # Another
     preproc:Preproc=None, # How images are read; by default `model.preproc`
-)->SameVerdict:
+)->SameVerdict: # True or false, with distance and threshold
     "Do two images show the same identity?"
     return _same(self, a, b, preproc)
 
@@ -165,6 +168,6 @@ def same(self:ReIDModel,
 def same(self:Learner,
     a, # Image, as in `embed`
     b, # Another
-)->SameVerdict:
+)->SameVerdict: # True or false, with distance and threshold
     "Do two images show the same identity?"
     return _same(bare_module(self.model), a, b, getattr(self.model, 'preproc', None) or self.dls.preproc)

@@ -134,8 +134,14 @@ class ParamGroups(Callback):
         if self.home: self.home()
         self.home = None
 
-    def state_dict(self): return {}   # nothing is remembered from one step to the next
-    def load_state_dict(self, state): pass
+    def state_dict(self)->dict: # Empty
+        "Nothing is remembered from one step to the next"
+        return {}
+
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    ):
+        "Nothing to take over"
 
 # %% ../../nbs/06c_train.groups.ipynb #0c80ad4c
 def param_table(

@@ -120,8 +120,14 @@ class Resumable(Callback):
         last = self.epoch==self.n_epoch-1
         if last or self.every_epochs and (self.epoch+1)%self.every_epochs==0: self.write(self.epoch+1)
 
-    def state_dict(self): return {}   # its own state is where the others are
-    def load_state_dict(self, state): pass
+    def state_dict(self)->dict: # Empty
+        "Its own state is where the others are"
+        return {}
+
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    ):
+        "Nothing to take over"
 
 # %% ../../nbs/06i_train.resume.ipynb #002906i
 @patch

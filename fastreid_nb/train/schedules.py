@@ -146,8 +146,13 @@ class FreezeBackbone(Callback):
     def _train(self, mode=True):
         for o in self.nets: o.train(mode)
 
-    def state_dict(self): return dict(n=self.n, frozen=bool(self.was))
-    def load_state_dict(self, state):
+    def state_dict(self)->dict: # Iterations left, and whether the backbone is frozen
+        "What a run that was killed needs to go on"
+        return dict(n=self.n, frozen=bool(self.was))
+
+    def load_state_dict(self,
+        state:dict, # From `state_dict`
+    ):
         "Go on in the middle of a fit: with the backbone given back, if it was"
         self.n = state['n']
         if not state['frozen']: self.undo()
