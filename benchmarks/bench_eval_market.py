@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, torch
 from fastreid_nb.eval.features import Features, evaluate
 
 bar,bar_numpy,bar_mb = 1.4,2,300
-n_q,n_g,n_ids,width,noise = 3368,15913,750,2048,3.4
+n_q,n_g,n_ids,width,noise = 3368,15913,750,2048,2.9
 
 class PeakMemory:
     "How much memory of its own the process took at most, beyond what it had, MB; files that are mapped do not count"

@@ -9,7 +9,7 @@ from fastreid_nb.eval.core import dist_blocks
 from fastreid_nb.eval.features import Features, evaluate
 
 bar,bar_mb = 2.0,1024
-n_q,n_g,n_ids,width,noise = 10_000,1_000_000,50_000,256,1.1
+n_q,n_g,n_ids,width,noise = 10_000,1_000_000,50_000,256,1.4
 if small := os.environ.get('EVAL_MILLION'): n_g,n_q,n_ids = int(small),max(100, int(small)//100),int(small)//20
 
 def gallery(folder, centres, df, gen):

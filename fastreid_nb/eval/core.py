@@ -102,12 +102,13 @@ class RankLists:
     def __getstate__(self): return dict(blocks=None, kept=self.kept)
     def __call__(self, rows, k):
         "Columns and distances, (q,k) each, filled up with -1 and NaN"
-        if self.blocks is None: raise ValueError('no distances: a result that was saved keeps the lists it had found')
+        n = 0 if self.kept is None else self.kept[0].shape[1]
+        found = f'no distances for lists of {k}: this result was saved with lists of {n}'
+        if self.blocks is None: raise ValueError(f'{found}, evaluate again for longer ones')
         top,dist = np.full((len(rows),k), -1),np.full((len(rows),k), np.nan, np.float32)
         n = 0
         for block in self.blocks(rows):
-            d,ends = _host(block.dist),_ends(block.gone, len(block.rows))
-            for row,gone in zip(d, np.split(block.gone[1], ends[:-1])):
+            for row,gone in zip(_host(block.dist), _by_row(block.gone, len(block.rows))):
                 col = _nearest(row, gone, k)
                 top[n,:len(col)],dist[n,:len(col)] = col,row[col]
                 n += 1
@@ -252,7 +253,7 @@ class DistBlock:
 def _chunk_size(n_rows, n_gallery):
     "Queries in a block: 64 MB of distances, or 256 MB where that would be fewer than 64 queries; all blocks alike"
     most = max(1, min(max(2**24//n_gallery, 64), 2**26//n_gallery))
-    return -(-n_rows//max(1, -(-n_rows//most)))
+    return -(-n_rows//-(-n_rows//most)) if n_rows else 1
 
 def _blocks(get, pairs, rows, chunk=None):
     "The `DistBlock`s of the queries `rows`"
@@ -277,16 +278,17 @@ def dist_blocks(
     return _blocks(_rows_of(dist, len(pairs.q), len(pairs.g)), pairs, rows, chunk)
 
 # %% ../../nbs/07_eval.ipynb #afe3250f
-def _ends(pairs, n):
-    "Where the pairs `(row, col)` of each of `n` rows end"
-    return pairs[0].searchsorted(np.arange(1, n+1))
+def _by_row(pairs, n):
+    "The columns of the pairs `(row, col)`, for each of `n` rows"
+    row,col = pairs
+    ends = row.searchsorted(np.arange(n+1)).tolist()
+    return (col[a:b] for a,b in zip(ends, ends[1:]))
 
 def _match_ranks(block):
     "Ranks of all matches of a block, query by query, nearest first"
     if block.dist.device.type!='cpu': return _device_ranks(block)
-    n,d = len(block.rows),_host(block.dist)
-    same,gone = (np.split(o[1], _ends(o, n)[:-1]) for o in (block.same,block.gone))
-    return np.concatenate([_row_ranks(*o) for o in zip(d, same, gone)])
+    same,gone = (_by_row(o, len(block.rows)) for o in (block.same,block.gone))
+    return np.concatenate([_row_ranks(*o) for o in zip(_host(block.dist), same, gone)])
 
 # %% ../../nbs/07_eval.ipynb #bf7d4dfd
 def _device_ranks(block):

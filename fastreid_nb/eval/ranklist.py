@@ -79,20 +79,20 @@ def _who(df, i, default=''):
     return name if len(name)<11 else f'{name[:9]}…'
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #c156b5e1
-def _hit_panel(res, row, i):
-    "Panel of the gallery image at rank `i`+1 of query `row`"
-    j,dist = res.top[row,i],res.top_dist[row,i]
+def _hit_panel(res, row, rank, j, dist):
+    "Panel of the gallery image `j` at rank `rank` of query `row`"
     right = res.g.pid[j]==res.q.pid[row]
     mark,color = ('✓',_green) if right else ('✗',_red)
     digits = 2 if abs(dist)<10 else 0
-    return _Panel(_thumb(res.g, j), color, f'{i+1} {_who(res.g, j)}'.rstrip(), f'{mark} {dist:.{digits}f}')
+    return _Panel(_thumb(res.g, j), color, f'{rank} {_who(res.g, j)}'.rstrip(), f'{mark} {dist:.{digits}f}')
 
 def _panels(res, row, k):
     "Panels of query `row` and of its `k` nearest gallery images, fewer if there are fewer"
     score = f'AP {res.ap[row]:.2f}' if res.used[row] else 'dropped'
     query = _Panel(_thumb(res.q, row), _blue, _who(res.q, row, 'query'), score)
-    n = (res.top[row,:k]>=0).sum()
-    return [query, *(_hit_panel(res, row, i) for i in range(n))]
+    (top,),(dists,) = res.lists([row], k)
+    found = top[top>=0]
+    return [query, *(_hit_panel(res, row, rank, *o) for rank,o in enumerate(zip(found, dists), 1))]
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #b16f8d89
 def _grid(sizes, k, width):
@@ -137,7 +137,7 @@ def show_ranks(self:ReIDResult,
     rows = pick_queries(self, n, order, seed) if named else [int(o) for o in order]
     last = len(self.q)-1
     if not all(0<=o<=last for o in rows): raise ValueError(f'query rows {rows}: expected numbers from 0 to {last}')
-    k = min(k, self.top.shape[1])
+    k = min(k, len(self.g))
     panels = [_panels(self, o, k) for o in rows]
     fig,axs = _grid([o[0].im.size for o in panels], k, width)
     for axs_row,panel_row in zip(axs, panels):
