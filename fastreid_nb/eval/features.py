@@ -30,9 +30,9 @@ def _pair(q, g):
     dtype = torch.float64 if torch.float64 in (q.dtype,g.dtype) else torch.float32
     return q.to(g.device, dtype), g, dtype
 
-def _tiles(x):
-    "Slices of rows, 2 million numbers each"
-    size = max(1, 2**21//max(1, x.shape[1]))
+def _tiles(x, n_q=1):
+    "Slices of rows: at most 4 million numbers in each, and 1.5 million distances to `n_q` queries"
+    size = max(1, min(2**22//max(1, x.shape[1]), 1_500_000//max(1, n_q)))
     return [slice(i, i+size) for i in range(0, len(x), size)]
 
 # %% ../../nbs/07a_eval.features.ipynb #efce03ef
@@ -52,7 +52,7 @@ def _pairwise(f, q, g, least=0., most=np.inf):
     q,g,dtype = _pair(q, g)
     d = torch.empty(len(q), len(g), dtype=dtype, device=g.device)
     with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-        for rows in _tiles(g): f(q, g[rows].to(dtype), rows, d[:,rows])
+        for rows in _tiles(g, len(q)): f(q, g[rows].to(dtype), rows, d[:,rows])
     low,high = (o.item() for o in d.aminmax()) if d.numel() else (least,least)
     if least<=low and high<=most and high<np.inf: return d
     if -np.inf<low and high<np.inf: return d.clamp_(least, most)   # rounded past the end
