@@ -31,8 +31,8 @@ def _pair(q, g):
     return q.to(g.device, dtype), g, dtype
 
 def _tiles(x, n_q=1):
-    "Slices of rows: at most 4 million numbers in each, and 1.5 million distances to `n_q` queries"
-    size = max(1, min(2**22//max(1, x.shape[1]), 1_500_000//max(1, n_q)))
+    "Slices of rows: at most 4 million numbers in each, and 2 million distances to `n_q` queries"
+    size = max(1, min(2**22//max(1, x.shape[1]), 2**21//max(1, n_q)))
     return [slice(i, i+size) for i in range(0, len(x), size)]
 
 # %% ../../nbs/07a_eval.features.ipynb #efce03ef
@@ -69,7 +69,8 @@ def _unit(x):
 def _lengths(x):
     "Length of every row, (N,), float32, or float64 for float64"
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.cat([torch.linalg.vector_norm(x[o], dim=1, dtype=dtype) for o in _tiles(x)] or [x.new_zeros(0)])
+    size = max(1, 2**24//max(1, x.shape[1]))
+    return torch.cat([torch.linalg.vector_norm(o, dim=1, dtype=dtype) for o in x.split(size)])
 
 class CosineTo:
     "Cosine distance to the rows of a gallery"
