@@ -233,7 +233,7 @@ def _chosen(cbs):
 @patch
 def _do_fit(self:ReIDLearner):
     "The epochs of a fit; those that an earlier process has done are left out"
-    cbs = [o for o in self.cbs if isinstance(o, Resumable)]
+    cbs = [o for o in self.cbs if o.name=='resumable']
     first = _chosen(cbs).begin() if cbs and not hasattr(self, 'lr_finder') else 0
     for epoch in range(first, self.n_epoch):
         self.epoch = epoch
@@ -254,5 +254,5 @@ def resume(self:ReIDLearner,
     "Go on with a run"
     if not state_files(folder): raise FileNotFoundError(f'{folder} holds no state of a run: expected the folder that '
         'Resumable has written to')
-    self.remove_cbs([o for o in self.cbs if isinstance(o, Resumable)])
+    self.remove_cbs([o for o in self.cbs if o.name=='resumable'])
     return self.add_cb(Resumable(folder, resume=True, force=force))
