@@ -102,7 +102,7 @@ def changes_of(
 )->list: # Such as 'optim.lr=0.001'
     "Options as changes of an experiment"
     as_value = dict(size=lambda o: list(_hw(o)), backbone=network_call, weights=str)
-    said = {k:o for k,o in given.items() if k in _options and o not in (None,'',False)}
+    said = {k:o for k,o in given.items() if k in _options and not (o is None or o is False or o=='')}
     return [f'{_options[k]}={json.dumps(as_value.get(k, lambda o: o)(o))}' for k,o in said.items()]
 
 def _from_file(exp, weights, backbone, size):
