@@ -492,7 +492,7 @@ def test_signals_end_a_run_in_order(tmp_path, folder, how, status):
     p.send_signal(how)
     text += p.communicate(timeout=40)[0]
     assert p.returncode==status and 'what was learnt so far is in' in text and 'Traceback' not in text, text
-    assert [o.name for o in (tmp_path/'o').iterdir()]==['model_interrupted.pt'] and alive(p.pid)==[]
+    assert sorted(o.name for o in (tmp_path/'o').iterdir())==['experiment.yml','model_interrupted.pt'] and alive(p.pid)==[]
 
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
 def test_a_second_signal_ends_at_once(tmp_path):
