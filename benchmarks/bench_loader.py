@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.data.core import ReIDData
-from fastreid_nb.recipes.core import sbs_augs
+from fastreid_nb.recipes.augs import sbs_augs
 
 def picture(rng, h=256, w=128):
     "Smooth colours with fine texture, about as many bytes as a cropped person"

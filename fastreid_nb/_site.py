@@ -20,7 +20,7 @@ chapters = {
     'Training':'What a model is punished for, and how its learning rate, its weights and its precision behave on the way.',
     'Evaluation':'How good a ranked list is, on images of people whom the model has never seen.',
     'Published weights':"Somebody else's file of weights as a model of yours.",
-    'Recipes':'Published lists of settings, and the command `reid`.',
+    'Recipes':'A run as a file, the recipes that come with the library, and the command `reid`.',
     'Look up':'Every name, every term, and what the pages leave unsaid.'}
 short_path = ['00_data', '00c_data.own', '01_augment', '01e_augment.loaders', '02_backbone', '03_pooling', '04_heads', '04a_heads.model',
     '05_losses', '06_train', '07_eval', '15_recipes']

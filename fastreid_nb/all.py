@@ -12,6 +12,7 @@ from .data.subsets import *
 from .data.preproc import *
 from .data.catalogue import *
 from .data.workers import *
+from .data.plain import *
 from .augment.core import *
 from .augment.geometry import *
 from .augment.policies import *
@@ -56,9 +57,7 @@ from .train.averages import *
 from .train.watch import *
 from .train.cached import *
 from .train.finetune import *
-from .train.state import *
-from .train.resume import *
-from .train.distributed import *
+from .train.names import *
 from .eval.core import *
 from .eval.features import *
 from .eval.inference import *
@@ -76,4 +75,12 @@ from .eval.extract import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *
+from .recipes.build import *
+from .recipes.augs import *
+from .recipes.published import *
+from .recipes.ledger import *
+from .recipes.run import *
+from .recipes.tune import *
+from .recipes.publish import *
+from .recipes.start import *
 from .recipes.cli import *

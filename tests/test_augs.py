@@ -12,7 +12,7 @@ from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.data.images import TableImages
 from fastreid_nb.augment.geometry import affine, color_jitter, grey_patch, random_resized_crop, random_shift, shift_hue
 from fastreid_nb.augment.occlusion import RandomPatch, cutout, occlude
-from fastreid_nb.recipes.core import aug_recipes, sbs_augs, strong_augs, weak_augs
+from fastreid_nb.recipes.augs import aug_recipes, sbs_augs, strong_augs, weak_augs
 from fastreid_nb.data.toy import toy_reid
 from golden_files import golden_params, missing
 

@@ -8,8 +8,8 @@ from PIL import Image
 from fastreid_nb.all import *
 from fastreid_nb.data.files import atomic_path, read_torch
 from fastreid_nb.data.workers import short_of, story
-from fastreid_nb.recipes.cli import find_network, networks, open_model, with_classes
-from fastreid_nb.recipes.core import run_folder
+from fastreid_nb.recipes.start import find_network, networks, open_model, with_classes
+from fastreid_nb.recipes.run import run_folder
 from fastreid_nb.train.core import check_classes
 
 root = Path(__file__).parents[1]
@@ -342,7 +342,7 @@ def test_two_runs_and_one_folder(tmp_path, capsys):
     assert [o.name for o in (tmp_path/'o').iterdir()]==['model.pt']
 
 def test_a_lock_of_a_dead_run(tmp_path):
-    code = "import os, sys\nfrom fastreid_nb.recipes.core import run_folder\nwith run_folder(sys.argv[1]): os.kill(os.getpid(), 9)"
+    code = "import os, sys\nfrom fastreid_nb.recipes.run import run_folder\nwith run_folder(sys.argv[1]): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable,'-c',code,tmp_path/'o'], env=os.environ|dict(PYTHONPATH=str(root)), timeout=60)
     assert [o.name for o in (tmp_path/'o').iterdir()]==['.lock']
     with run_folder(tmp_path/'o') as a: assert a.name=='o'
@@ -493,14 +493,14 @@ def test_signals_end_a_run_in_order(tmp_path, folder, how, status):
     text += p.communicate(timeout=40)[0]
     assert p.returncode==status and 'what was learnt so far is in' in text and 'Traceback' not in text, text
     assert f'goes on with --resume {tmp_path}' in text and alive(p.pid)==[]
-    assert sorted(o.name for o in (tmp_path/'o').iterdir())==['model_interrupted.pt','run']
+    assert sorted(o.name for o in (tmp_path/'o').iterdir())==['experiment.yml','model_interrupted.pt','run']
 
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
 def test_a_second_signal_ends_at_once(tmp_path):
     "The first is being answered, for a long time"
     code = '''
 import os, signal, time
-from fastreid_nb.recipes.core import Signals
+from fastreid_nb.recipes.run import Signals
 with Signals():
     try: os.kill(os.getpid(), signal.SIGINT); time.sleep(9)
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from fastreid_nb.recipes.core import read_data
+from fastreid_nb.recipes.run import read_data
 from fastreid_nb.recipes.cli import reid_main as main
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
@@ -88,7 +88,7 @@ def test_interrupted_training_keeps_what_was_learnt(capsys, tmp_path, folder, mo
     assert main(['train', str(folder), *quick, '--out', str(tmp_path/'o')])==130
     assert 'stopped early' in capsys.readouterr().out
     assert not load_reid(tmp_path/'o'/'model_interrupted.pt').training
-    assert sorted(o.name for o in (tmp_path/'o').iterdir())==['model_interrupted.pt','run']
+    assert sorted(o.name for o in (tmp_path/'o').iterdir())==['experiment.yml','model_interrupted.pt','run']
 
 def test_nothing_learnt_nothing_written(capsys, tmp_path, folder):
     (tmp_path/'o').mkdir()

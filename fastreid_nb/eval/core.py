@@ -37,8 +37,7 @@ def _row_ranks(d, same, gone):
 # %% ../../nbs/07_eval.ipynb #aaae3d29
 def _scores(ranks, n):
     "AP, INP and first rank of queries with `n` matches each, whose `ranks` stand one behind the other"
-    end = n.cumsum()
-    start = end-n
+    start,end = n.cumsum()-n,n.cumsum()
     nth = np.arange(1, len(ranks)+1) - start.repeat(n)   # 1 for the first match of a query, 2 for the second
     ap = np.add.reduceat(nth/ranks, start)/n
     return ap, n/ranks[end-1], ranks[start]
@@ -106,12 +105,11 @@ class RankLists:
         found = f'no distances for lists of {k}: this result was saved with lists of {n}'
         if self.blocks is None: raise ValueError(f'{found}, evaluate again for longer ones')
         top,dist = np.full((len(rows),k), -1),np.full((len(rows),k), np.nan, np.float32)
-        n = 0
+        lists = iter(zip(top, dist))
         for block in self.blocks(rows):
-            for row,gone in zip(_host(block.dist), _by_row(block.gone, len(block.rows))):
+            for row,gone,(t,d) in zip(_host(block.dist), _by_row(block.gone, len(block.rows)), lists):
                 col = _nearest(row, gone, k)
-                top[n,:len(col)],dist[n,:len(col)] = col,row[col]
-                n += 1
+                t[:len(col)],d[:len(col)] = col,row[col]
         return top,dist
 
 # %% ../../nbs/07_eval.ipynb #a5daeb22
@@ -278,11 +276,14 @@ def dist_blocks(
     return _blocks(_rows_of(dist, len(pairs.q), len(pairs.g)), pairs, rows, chunk)
 
 # %% ../../nbs/07_eval.ipynb #afe3250f
+def _ends(pairs, n):
+    "Where the pairs `(row, col)` of each of `n` rows end"
+    return pairs[0].searchsorted(np.arange(1, n+1))
+
 def _by_row(pairs, n):
-    "The columns of the pairs `(row, col)`, for each of `n` rows"
-    row,col = pairs
-    ends = row.searchsorted(np.arange(n+1)).tolist()
-    return (col[a:b] for a,b in zip(ends, ends[1:]))
+    "The columns of the pairs, row by row"
+    ends = [0, *_ends(pairs, n).tolist()]
+    return (pairs[1][a:b] for a,b in zip(ends, ends[1:]))
 
 def _match_ranks(block):
     "Ranks of all matches of a block, query by query, nearest first"
@@ -351,8 +352,7 @@ def _flat(d):
 def _n_equal(d):
     "How many rows are flat; for most of them a few of their distances tell that they are not"
     if d.shape[1]<2: return 0
-    some = d[_flat(d[:,::d.shape[1]//16+1])]
-    return int(_flat(some).sum())
+    return int(_flat(d[_flat(d[:,::d.shape[1]//16+1])]).sum())
 
 # %% ../../nbs/07_eval.ipynb #c1dcb228
 def _rank_blocks(res, pairs, used):

@@ -85,7 +85,8 @@ def save_reid(
     ck = dict(format='fastreid_nb', version=__version__, recipe=getattr(model, 'recipe', None), state=state,
         preproc=preproc.to_dict(), test_on=getattr(model, 'test_on', 'emb'), pids=[int(o) for o in pids],
         pid_names=[str(o) for o in names],
-        threshold=plain_threshold(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)))
+        threshold=plain_threshold(threshold), n_epochs=int(getattr(model, 'n_epochs', 0)),
+        experiment=getattr(model, 'experiment', None))
     with atomic_path(path) as tmp, open(tmp, 'wb') as f: torch.save(ck, f)
 
 @patch
@@ -127,6 +128,7 @@ _parts = dict(state=dict, preproc=dict, pids=(list,tuple), test_on=(str,type(Non
 
 def _read_checkpoint(path):
     "A checkpoint whose parts are all there"
+    if Path(path).is_dir() and (Path(path)/'model.pt').is_file(): path = Path(path)/'model.pt'   # a published model
     ck = read_torch(path, 'a model (a checkpoint of save_reid)')
     if not is_ours(ck): raise ValueError(_not_ours(ck, path))
     who,advice = _who(ck, path)
@@ -162,7 +164,7 @@ def _rebuild(ck, path):
 
 # %% ../../nbs/06b_train.checkpoint.ipynb #b67838ca
 def load_reid(
-    path:str|Path, # Written by `save_reid`
+    path:str|Path, # Written by `save_reid`, or a folder with such a file as model.pt
     model:nn.Module=None, # Model to load into; by default rebuilt from the recipe in the file
     device:str|torch.device='cpu', # Where the model goes
 )->ReIDModel: # In evaluation mode, with the `preproc`, `pids`, `pid_names`, `threshold` and `n_epochs` of the file
@@ -177,6 +179,7 @@ def load_reid(
     if ck['test_on'] is not None: inner.test_on = check_choice('test_on', ck['test_on'], ReIDOut._fields)
     inner.pids,inner.threshold,inner.n_epochs = ck['pids'],ck['threshold'],ck.get('n_epochs', 0)
     inner.pid_names = ck.get('pid_names', [])
+    inner.experiment = ck.get('experiment')
     return model.to(device, memory_format=torch.channels_last).eval()
 
 

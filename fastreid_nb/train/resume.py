@@ -235,6 +235,8 @@ def _do_fit(self:ReIDLearner):
     "The epochs of a fit; those that an earlier process has done are left out"
     cbs = [o for o in self.cbs if o.name=='resumable']
     first = _chosen(cbs).begin() if cbs and not hasattr(self, 'lr_finder') else 0
+    bar = getattr(getattr(self, 'progress', None), 'mbar', None)
+    if bar: bar.update(0)   # fastai's bar cannot begin in the middle
     for epoch in range(first, self.n_epoch):
         self.epoch = epoch
         self._with_events(self._do_epoch, 'epoch', CancelEpochException)
