@@ -4,6 +4,7 @@ All of it in one pair of processes, because most of their time goes into startin
 import json, os, socket, subprocess, sys, time
 
 import pytest
+from fastreid_nb.recipes.ledger import Ledger
 
 script = '''
 import json, os, sys, torch
@@ -46,6 +47,10 @@ if processes()>1:
     x = torch.full((2,1), rank+1., requires_grad=True)
     (AllRows.apply(x).pow(2)*torch.arange(4.)[:,None]).sum().backward()
     res['grad'] = x.grad.ravel().tolist()
+if processes()>1:
+    exp = Experiment.load('toy_small', ['data.train={fn: toy_reid, n_ids: 23, progress: false}', 'sampler.p=2', 'sampler.k=2', 'epochs=1',
+        'preproc.size=[32, 16]', 'model.backbone={fn: osnet, width: x0_25}', 'workers=0', 'precision=float32'])
+    res['run'] = run_experiment(exp, os.path.join(os.path.dirname(out), 'run'), folder).mAP
 json.dump(res, open(f'{out}{rank}.json', 'w'))
 if processes()>1:
     with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=Dies())
@@ -75,7 +80,7 @@ def runs(tmp_path_factory):
     codes.insert(0, pair[0].wait(100))
     said = [o.stdout.read() for o in pair]
     read = lambda o: json.loads((tmp/f'{o}.json').read_text()) if (tmp/f'{o}.json').exists() else pytest.fail('\n'.join(said))
-    return dict(one=read('one0'), two=[read('two0'),read('two1')], codes=codes, seconds=time.monotonic()-died, said=said)
+    return dict(folder=tmp, one=read('one0'), two=[read('two0'),read('two1')], codes=codes, seconds=time.monotonic()-died, said=said)
 
 def test_two_learn_what_one_learns(runs):
     one = runs['one']['all']
@@ -104,6 +109,14 @@ def test_rows_come_in_the_order_of_the_table(runs):
 def test_gradients_of_gathered_rows_come_back(runs):
     "The sum over rows i of i·x², seen by both processes: 2·2·i·x"
     assert [o['grad'] for o in runs['two']]==[[0.,4.],[16.,24.]]
+
+def test_an_experiment_in_two_processes(runs):
+    "One folder, one line in the ledger, the same score; the second process prints nothing of it"
+    assert sorted(o.name for o in runs['folder'].glob('run*'))==['run']
+    assert sorted(o.name for o in (runs['folder']/'run').iterdir())==['experiment.yml','model.pt','ranked_list.png']
+    assert len(Ledger(runs['folder']/'ledger.csv').read())==1
+    assert runs['two'][0]['run']==runs['two'][1]['run']
+    assert ['checkpoint ' in o for o in runs['said']]==[True,False]
 
 def test_a_process_that_dies_ends_the_others(runs):
     assert runs['codes'][1]==7 and runs['codes'][0]==1
