@@ -27,7 +27,7 @@ from .weights import load_backbone
 _archs = {18:(False, [2,2,2,2]), 34:(False, [3,4,6,3]), 50:(True, [3,4,6,3]), 101:(True, [3,4,23,3]),
     152:(True, [3,8,36,3])}
 _stems = {'pad':dict(padding=1), 'ceil':dict(padding=0, ceil_mode=True)}
-_nl_counts = {50:{2:2,3:3}, 101:{2:2,3:9}, 152:{2:2,3:9}}
+_nl_counts = {18:{2:1,3:1}, 34:{2:2,3:3}, 50:{2:2,3:3}, 101:{2:2,3:9}, 152:{2:2,3:9}}
 _ibn_stages = {False:0, True:3, 'a':3, 'a4':4, 'b':0}
 
 # %% ../../nbs/02b_backbone.resnet.ipynb #db36616f
@@ -81,7 +81,7 @@ class ReIDResNet(ResNet):
         last_stride:int=1, # Of the last stage: 1 keeps a map twice as high and wide as 2 (classification)
         ibn:bool|str=False, # True or 'a': IBN-a in the first three stages; 'a4': in all four; 'b': IBN-b
         se:bool=False, # Squeeze and excitation in every block?
-        nl:bool=False, # Non-local blocks in stages 2 and 3? 50 layers and more
+        nl:bool=False, # Non-local blocks in stages 2 and 3? FastReID has them from 50 layers on
         nl_width:str='one', # Their inner channels: 'one' (fast-reid's weights) or 'half' (the paper)
         stem_pool:str='pad', # First max pooling: 'pad' (torchvision) or 'ceil' (unpadded, last window cut)
         groups:int=1, # Groups of the 3×3 convolutions; 32 for ResNeXt
@@ -96,8 +96,7 @@ class ReIDResNet(ResNet):
         self._set_norm(check_choice('ibn', ibn, _ibn_stages))
         if se: self._add_gates()
         if nl:
-            counts = _nl_counts[check_choice('with nl=True, variant', variant, _nl_counts)]
-            add_nonlocal(self, {2:2,3:3} if groups>1 and variant==101 else counts, nl_width)
+            add_nonlocal(self, {2:2,3:3} if groups>1 and variant==101 else _nl_counts[variant], nl_width)
         self.n_feat,self.total_stride = _n_out(self.layer4[-1]),16*last_stride
         self.stem_relu = stem_relu
 
