@@ -17,9 +17,9 @@ steps = {'baseline':[], '+ IBN':['model.backbone.ibn=true'], '+ AutoAugment':[au
 beside = {'all, SWA':['callbacks=[{fn: SWA, both: false}]'], 'all, AugMix':[augs('{fn: augmix, p: 0.5}', '{fn: autoaugment, p: 0.1}')]}
 thrice = 'baseline','+ IBN','+ cosine'
 
-def steps_of(n): return f'schedule={{fn: fit_warmup_steps, milestone_epochs: [{n/3:g}, {n*3/4:g}], warmup_epochs: {n/10:g}}}'
-sets = dict(toy=dict(epochs=12, n_iters=288, more=['sampler.k=4','preproc.size=[64, 32]','data.train={fn: toy_reid, n_ids: 256, size: [64, 32], progress: false}']),
-    vehicle2cam=dict(epochs=40, n_iters=680, more=['sampler.k=2','preproc.size=[64, 64]','data.train=from_csv']))
+def steps_of(n): return f'schedule={{fn: fit_warmup_steps, milestone_epochs: [{n//3}, {n*3//4}], warmup_iters: null, warmup_epochs: {n/10:g}}}'
+sets = dict(toy=dict(epochs=10, n_iters=240, more=['sampler.k=4','preproc.size=[64, 32]','data.train={fn: toy_reid, n_ids: 256, size: [64, 32], progress: false}']),
+    vehicle2cam=dict(epochs=24, n_iters=408, more=['sampler.k=2','preproc.size=[64, 64]','data.train=from_csv']))
 
 def rows(name):
     "Label, changes of an experiment and seeds of every run on a set"
@@ -88,7 +88,8 @@ def main(
             from fastreid_nb.all import toy_reid
             toy_reid(roots['toy'], n_ids=256, size=(64,32), progress=False)   # once, before two processes want it
         os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
-        with get_context('spawn').Pool(2, maxtasksperchild=1) as pool: pool.map(run, jobs, chunksize=1)
+        with get_context('spawn').Pool(2, maxtasksperchild=1) as pool:
+            for _ in pool.imap_unordered(run, jobs): pass
     maps = found()
     for name in roots: table(name, maps)
     value = st.mean(maps['toy','+ cosine',s]-maps['toy','baseline',s] for s in range(3))

@@ -57,6 +57,9 @@ from .train.averages import *
 from .train.watch import *
 from .train.cached import *
 from .train.finetune import *
+from .train.state import *
+from .train.resume import *
+from .train.distributed import *
 from .train.names import *
 from .eval.core import *
 from .eval.features import *

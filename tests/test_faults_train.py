@@ -13,7 +13,7 @@ from fastreid_nb.recipes.run import run_folder
 from fastreid_nb.train.core import check_classes
 
 root = Path(__file__).parents[1]
-quick = '--weights none --epochs 1 --size 64x32 --p 3 --k 2 --workers 0 --precision float32'.split()
+quick = '--weights none --epochs 1 --size 64x32 --p 6 --k 4 --workers 0 --precision float32'.split()
 small = ['--backbone','resnet18',*quick]
 
 @pytest.fixture(scope='module')
@@ -409,7 +409,7 @@ def test_any_file_is_scored_and_trained_on(capsys, tmp_path, folder, files, name
     assert reid_main(['eval', str(files/name), str(folder), *words, '--out', str(tmp_path/'e')])==0
     out = capsys.readouterr().out
     assert 'mAP' in out and ('assumed' in out)==(name!='ours.pt')
-    words = ['--weights', str(files/name), '--epochs', '1', '--p', '3', '--k', '2', *words]
+    words = ['--weights', str(files/name), '--epochs', '1', '--p', '6', '--k', '4', *words]
     assert reid_main(['train', str(folder), *words, '--out', str(tmp_path/'o')])==0
     made = load_reid(tmp_path/'o'/'model.pt')
     assert len(made.head.classifier.weight)==18 and made.preproc.size==(64,32)
@@ -487,7 +487,7 @@ def alive(group):
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
 @pytest.mark.parametrize('how,status', [(signal.SIGTERM,143), (signal.SIGINT,130)])
 def test_signals_end_a_run_in_order(tmp_path, folder, how, status):
-    p = start('train', folder, *small, '--epochs', 9999, '--workers', 1, '--out', tmp_path/'o')
+    p = start('train', folder, *small, '--epochs', 9999, '--workers', 2, '--out', tmp_path/'o')
     text = wait_for(p, r'^1 ')
     p.send_signal(how)
     text += p.communicate(timeout=40)[0]

@@ -2,6 +2,7 @@
 import ast, builtins, json, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from distutils.core import run_setup
+from functools import cache
 from io import StringIO
 from importlib import import_module
 from itertools import chain
@@ -21,6 +22,7 @@ def settings():
 
 def notebooks(): return sorted(p.name for p in (root/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
 
+@cache
 def rooms():
     "Module such as `data.core` to the name of its notebook, in the order of the notebooks"
     found = {}
@@ -31,6 +33,7 @@ def rooms():
 
 def module_file(room): return f'{lib}/{room.replace(".", "/")}.py'
 
+@cache
 def exported(room):
     "The names in `__all__` of a room, without importing it"
     return ast.literal_eval(re.search(r'^__all__ = (\[.*?\])$', read(module_file(room)), re.M|re.S)[1])
@@ -181,6 +184,7 @@ def undocumented(name, node, comments):
     commented = {v for k,v in owner.items() if k in comments}
     return [f'{name}: {o}' for o in {o.arg:None for o in arguments(node)} | dict.fromkeys(owner.values()) if o not in commented]
 
+@cache
 def source(room):
     "Tree and comments (line to text) of a module"
     text = read(module_file(room))
@@ -216,10 +220,15 @@ def shared_names(tree):
     attrs = {o.attr for o in ast.walk(tree) if isinstance(o, ast.Attribute)}
     return attrs | {o.name for o in tree.body if isinstance(o, ast.FunctionDef)} | set().union(*map(names_in, top))
 
+@cache
+def known():
+    "What every docstring may speak of"
+    words = {'path', 'pid', 'camid', 'dsetid', *chain(*(o.split('.') for o in rooms())), *dir(builtins)}
+    return words.union(*map(exported, rooms()), *(shared_names(source(o)[0]) for o in rooms()))
+
 @pytest.mark.parametrize('room', rooms())
 def test_docments_match_code(room):
     "A word in backticks is an argument or name in the code it describes, a public name of a room, a column, or Python's own"
     tree,comments = source(room)
-    known = {'path', 'pid', 'camid', 'dsetid', *chain(*(o.split('.') for o in rooms())), *dir(builtins)}.union(*map(exported, rooms()), *(shared_names(source(o)[0]) for o in rooms()))
-    bad = [f'{name}: `{o}`' for name,node in public_defs(tree) for o in said(node, comments) if o not in known | names_in(node)]
+    bad = [f'{name}: `{o}`' for name,node in public_defs(tree) for o in said(node, comments) if o not in known() and o not in names_in(node)]
     assert not bad, '\n'.join(bad)

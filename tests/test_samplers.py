@@ -1,5 +1,5 @@
 "Samplers: invariants over random tables, agreement with what was measured on the reference, and several processes"
-import json, pickle, random
+import json, os, pickle, random
 from collections import Counter, deque
 from datetime import timedelta
 from functools import partial
@@ -372,6 +372,7 @@ def own_loader(data, batches, **kwargs): return reid_dls(data, size=(64,32), aug
 
 def process(rank, world, folder, data):
     "What one of several processes does: two epochs of its own batches, told to all others"
+    torch.set_num_threads(1)   # a fork has none of the threads
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world,
         timeout=timedelta(minutes=3))
     dl = own_loader(data, for_rank(cross_camera_batches, rank, world), p=2, k=2, seed=3)
@@ -384,7 +385,7 @@ def process(rank, world, folder, data):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='this torch has no torch.distributed')
 def test_two_processes(tmp_path, data):
     "Two real processes: the same number of batches, nobody in both at the same step, together the plan of one"
-    torch.multiprocessing.spawn(process, (2, tmp_path, data), nprocs=2)
+    torch.multiprocessing.start_processes(process, (2, tmp_path, data), nprocs=2, start_method='fork' if hasattr(os, 'fork') else 'spawn')
     pids = np.load(tmp_path/'pids.npy')
     one = own_loader(data, cross_camera_batches, p=4, k=2, seed=3)
     plan = np.array([b[1].tolist() for _ in range(2) for b in one])

@@ -70,9 +70,10 @@ def plot_cmc(
 )->plt.Axes: # With a line for each result
     "CMC curves, with mAP and rank-1 in the legend; a band of one standard deviation for single-shot galleries"
     check_number('max_rank', max_rank, 1, whole=True)
+    named = _named(results)
     if ax is None: ax = plt.subplots(figsize=(5,3), layout='constrained')[1]
     k = np.arange(1, max_rank+1)
-    for (name,res),style in zip(_named(results).items(), ['-','--','-.',':']*99):
+    for (name,res),style in zip(named.items(), ['-','--','-.',':']*99):
         cmc = np.array([res.rank(i) for i in k])
         line, = ax.plot(k, cmc, style, label=f'{name}: mAP {res.mAP:.3f}, rank-1 {cmc[0]:.3f}')
         sd = res.rank_sd(1) and np.array([res.rank_sd(i) for i in k])

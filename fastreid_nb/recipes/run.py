@@ -291,6 +291,9 @@ def _states(folder, resume, force):
     elif not rank_distrib(): shutil.rmtree(folder/'run', ignore_errors=True)
     return Resumable(folder/'run', every_minutes=10, resume=resume, force=force)
 
+def _save(exp, folder):
+    if not rank_distrib(): exp.save(folder/'experiment.yml')
+
 @contextmanager
 def _saying_how(folder):
     "The states stay if the run is stopped, and go when the model is there"
@@ -338,9 +341,10 @@ def run_experiment(
         _say(f'experiment {exp}', '')
         learn = exp.learner(data, net, [*loggers, *(cbs or [])], path=folder).across_processes()
         def fit(cbs):
-            if not rank_distrib(): exp.save(folder/'experiment.yml')
+            if not resume: _save(exp, folder)   # a run that goes on as another one may be refused
             exp.fit(learn, [*cbs, going])
         with _saying_how(folder): res = _run(learn, folder, fit)
+        _save(exp, folder)
         scores = _score_all(exp, learn, others, res)
         if len(scores)>1 or exp['eval.flip']: _say('', 'All tests, in percent:', _percent(scores))
         _note(exp, data, scores, (time.time()-start)/60, ledger or Path(out).parent/'ledger.csv')

@@ -57,7 +57,8 @@ _kinds = dict(
     opt=lambda o: _begins(o, 'params', 'lr'),
     dist=lambda o: _room(o)=='eval' and _params(o)==['q','g'],
     callback=lambda o: _is_class(o, 'train') and issubclass(o, Callback) and o.__name__ not in _no_callbacks)
-_no_callbacks = 'Amp','SchedLoss','Watch' # an own setting, a function of the position, and what others build on
+_no_callbacks = ('Amp', 'SchedLoss', 'Watch', # an own setting, a function of the position, and what others build on
+    'Resumable', 'AcrossProcesses', 'SharedValidation') # and those that a run adds by itself
 _schedules = 'fit_warmup_cos','fit_warmup_steps','fine_tune','fastreid_curve'
 
 # %% ../../nbs/06k_train.names.ipynb #94625ca3
