@@ -9,7 +9,7 @@ from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
 from fastreid_nb.train.resume import Resumable
 
-quick = '--backbone resnet18 --weights none --epochs 1 --size 64x32 --p 3 --k 2 --workers 0'.split()
+quick = '--backbone resnet18 --weights none --epochs 1 --size 64x32 --p 4 --k 4 --workers 0'.split()
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
