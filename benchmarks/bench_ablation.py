@@ -1,5 +1,5 @@
 "The tricks of FastReID one after the other, on drawn people and on real vehicles (REALDATA): mAP points from the baseline to all of them (bar 3)"
-import csv, os, statistics as st, sys, tempfile, time
+import csv, os, statistics as st, tempfile, time
 from multiprocessing import get_context
 from pathlib import Path
 

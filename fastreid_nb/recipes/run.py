@@ -291,6 +291,7 @@ def _states(folder, resume, force):
     elif not rank_distrib(): shutil.rmtree(folder/'run', ignore_errors=True)
     return Resumable(folder/'run', every_minutes=10, resume=resume, force=force)
 
+# %% ../../nbs/15e_recipes.run.ipynb #d336e67e
 def _save(exp, folder):
     if not rank_distrib(): exp.save(folder/'experiment.yml')
 
