@@ -117,7 +117,7 @@ def run_row(
     data:ReIDData, # What it was trained on
     scores:dict, # Name of a set to its scores, `ReIDResult.to_dict`; the first is shown in columns
     minutes:float, # How long it took
-)->dict: # For `Ledger.add`
+)->dict: # For a `Ledger`
     "The line of a run"
     short = {k:{m:round(float(o[m]), 4) for m in ('mAP','rank-1','mINP')} for k,o in scores.items()}
     first = next(iter(short.items()), ('',{}))
