@@ -18,7 +18,7 @@ folder,p,out = sys.argv[1],int(sys.argv[2]),sys.argv[3]
 dls = reid_dls(toy_reid(folder, n_ids=64, progress=False), (64,32), p, 4, augs=[], num_workers=0)
 learn = reid_learner(dls, resnet18_ibn, dtype=torch.float32).across_processes()
 note = Note()
-with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-4, cbs=note)
+with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(2, 3.5e-4, warmup_epochs=1.5, flat_epochs=1.5, start=.01, cbs=note)
 steps = [b-a for a,b in zip(note.times, note.times[1:])]
 row = dict(losses=note.seen, mAP=learn.reid_result.mAP, seconds=sorted(steps)[len(steps)//2])
 if os.environ.get('RANK', '0')=='0': json.dump(row, open(out, 'w'))
