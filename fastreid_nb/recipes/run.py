@@ -247,8 +247,9 @@ def log_callbacks(
     folder:Path, # Where it is written
 )->list: # Callbacks
     "What writes down the numbers of every epoch"
-    if check_choice('log', log, ('','csv','tensorboard'))!='tensorboard':
-        return [CSVLogger(folder.absolute()/'log.csv')]*(log=='csv')
+    check_choice('log', log, ('','csv','tensorboard'))
+    if rank_distrib(): return []   # the first process writes
+    if log!='tensorboard': return [CSVLogger(folder.absolute()/'log.csv')]*(log=='csv')
     try: from fastai.callback.tensorboard import TensorBoardCallback
     except ImportError as e: raise ImportError('log tensorboard needs it: pip install tensorboard') from e
     return [TensorBoardCallback(folder/'tensorboard', trace_model=False, log_preds=False)]
