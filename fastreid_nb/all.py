@@ -77,6 +77,7 @@ from .eval.openset import *
 from .eval.results import *
 from .eval.extract import *
 from .rerank.core import *
+from .rerank.expansion import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

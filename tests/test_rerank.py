@@ -1,10 +1,11 @@
 "Neighbours, query expansion and re-ranking: against tables of all pairs, and the numbers of the published programs"
 import re
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 
-from fastreid_nb.eval.features import cosine_dist, euclidean_dist, sq_euclidean_dist
+from fastreid_nb.eval.features import Features, cosine_dist, euclidean_dist, sq_euclidean_dist
 from fastreid_nb.eval.neighbours import Neighbours
 from fastreid_nb.rerank.core import rerank_dist
+from fastreid_nb.rerank.expansion import expand_features
 from golden_files import golden_params, missing
 
 dists = [cosine_dist, euclidean_dist, sq_euclidean_dist]
@@ -107,3 +108,17 @@ def test_golden_jaccard(path):
 def _all_overlaps(res):
     V = torch.tensor(res.V.toarray())
     return [torch.minimum(row, V).sum(1).numpy() for row in V]
+
+# ---- query expansion
+
+def features(x): return Features(x, pd.DataFrame(dict(pid=np.arange(len(x)))))
+
+@pytest.mark.parametrize('path', golden_params('aqe/*.npz'))
+def test_golden_aqe(path):
+    if path is None: missing('aqe/*.npz')
+    o,found = arrays(path, r't(\d+)_k(\d+)_a([\d.]+)_query')
+    q,g = (features(o[k]) for k in ('query','gallery'))
+    for m,want in found:
+        res = expand_features(q, g, int(m[2]), float(m[3]), int(m[1]), 'all')
+        near(res[0].emb, want)
+        near(res[1].emb, o[m[0].replace('query', 'gallery')])
