@@ -1,12 +1,13 @@
 "Neighbours, query expansion and re-ranking: against tables of all pairs, and the numbers of the published programs"
-import re
+import json, re
+from functools import partial
 import numpy as np, pandas as pd, pytest, torch
 
-from fastreid_nb.eval.features import Features, cosine_dist, euclidean_dist, sq_euclidean_dist
+from fastreid_nb.eval.features import Features, cosine_dist, euclidean_dist, evaluate, sq_euclidean_dist
 from fastreid_nb.eval.neighbours import Neighbours
 from fastreid_nb.rerank.core import rerank_dist
 from fastreid_nb.rerank.expansion import expand_features
-from golden_files import golden_params, missing
+from golden_files import golden_files, golden_params, missing
 
 dists = [cosine_dist, euclidean_dist, sq_euclidean_dist]
 
@@ -103,11 +104,9 @@ def test_golden_jaccard(path):
     whole = np.concatenate([o['query'],o['gallery']])
     for m,want in arrays(path, r'k1_(\d+)_k2_(\d+)_full_NxN')[1]:
         one = rerank_dist(whole[:0], whole, int(m[1]), int(m[2]), 0, sq_euclidean_dist, 'fastreid')
-        near(np.stack([1-s/(2-s) for s in _all_overlaps(one)]), want)
-
-def _all_overlaps(res):
-    V = torch.tensor(res.V.toarray())
-    return [torch.minimum(row, V).sum(1).numpy() for row in V]
+        V = torch.tensor(one.V.toarray())
+        shared = torch.stack([torch.minimum(row, V).sum(1) for row in V])
+        near(1-shared/(2-shared), want)
 
 # ---- query expansion
 
@@ -122,3 +121,61 @@ def test_golden_aqe(path):
         res = expand_features(q, g, int(m[2]), float(m[3]), int(m[1]), 'all')
         near(res[0].emb, want)
         near(res[1].emb, o[m[0].replace('query', 'gallery')])
+
+# ---- both in an evaluation
+
+def combinations():
+    "Every combination of metric, expansion and re-ranking of every golden evaluator"
+    found = [(p,k) for p in golden_files('evaluator/*.json') for k in json.loads(p.read_text())]
+    return [pytest.param(*o, id=o[1]) for o in found] or [pytest.param(None, None, id='none')]
+
+@pytest.mark.parametrize('path,name', combinations())
+def test_golden_evaluator(path, name):
+    "The complete evaluator of the reference: ranks exactly, mAP and mINP to 1e-5"
+    m = re.fullmatch(r'(cosine|euclidean)_aqe([01])_rerank([01])', name or '')
+    if not m: missing('evaluator/*.json')
+    want,o = json.loads(path.read_text())[name],np.load(path.with_name('inputs.npz'))
+    q,g = (Features(o[k], pd.DataFrame(dict(pid=o[f'{k[0]}_pids'], camid=o[f'{k[0]}_camids']))) for k in ('query','gallery'))
+    dist = dict(cosine=cosine_dist, euclidean=sq_euclidean_dist)[m[1]]
+    qe = m[2]=='1' and partial(expand_features, what='all')
+    res = evaluate(q, g, dist, 'market', qe=qe, rerank=m[3]=='1' and partial(rerank_dist, variant='fastreid'))
+    for k in (1,5,10): assert abs(100*res.rank(k)-want[f'Rank-{k}'])<1e-4
+    assert abs(100*res.mAP-want['mAP'])<1e-3 and abs(100*res.mINP-want['mINP'])<1e-3
+
+def test_steps_of_an_evaluation():
+    "True stands for the functions of the library, and the result names them"
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 8, generator=gen).repeat(6, 1) + .8*torch.randn(72, 8, generator=gen)
+    df = pd.DataFrame(dict(pid=np.tile(np.arange(12), 6), camid=np.arange(72)//12))
+    q,g = Features(x[:24], df[:24]),Features(x[24:], df[24:])
+    both = evaluate(q, g, qe=True, rerank=True, max_rank=5)
+    q1,g1 = expand_features(q, g)
+    want = evaluate(q1, g1, rerank=lambda q,g,dist,device: rerank_dist(q, g).matrix())
+    assert np.array_equal(both.ap, want.ap) and both.metric=='cosine, expanded, re-ranked'
+    assert np.isfinite(both.top_dist).all()
+
+# ---- what cannot be
+
+@pytest.mark.parametrize('change,text', [(dict(k1=0),'k1=0'), (dict(k1=30),'k1=30 for 30 images'), (dict(k1=5, k2=7),'k2=7: expected 1 to 6'),
+    (dict(k2=0),'k2=0'), (dict(lam=-.1),'lam=-0.1'), (dict(lam=float('nan')),'lam=nan'), (dict(variant='mine'),"variant='mine'"),
+    (dict(source='ivfpq'),'1,000 or more'), (dict(dist=torch.cdist),'by one of')])
+def test_bad_numbers(change, text):
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=re.escape(text)): rerank_dist(x[:5], x[5:], **change)
+
+def test_bad_features():
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    holed,large = x.clone(),x.clone()
+    holed[3],large[3] = float('nan'),1e9
+    for bad in (holed,large.half()):
+        with pytest.raises(ValueError, match='NaN or infinity, in row 3'): rerank_dist(bad[:5], bad[5:], 5, 2)
+    with pytest.raises(ValueError, match='of one width'): rerank_dist(x[:5,:3], x[5:])
+    with pytest.raises(ValueError, match='gallery image or more'): rerank_dist(x, x[:0])
+    import faiss
+    index = faiss.IndexFlatL2(4)
+    index.add(x[:7].numpy())
+    with pytest.raises(ValueError, match='an index of 7 vectors of width 4'): rerank_dist(x[:5], x[5:], 5, 2, source=index)
+    assert rerank_dist(x[:0], x, 5, 2).matrix().shape==(0,30)
+    for variant in ('published','fastreid'):
+        d = rerank_dist(x[:1].repeat(6, 1), x[:1].repeat(50, 1), 5, 2, variant=variant).matrix()
+        assert d.isfinite().all()
