@@ -78,6 +78,7 @@ from .eval.results import *
 from .eval.extract import *
 from .rerank.core import *
 from .rerank.expansion import *
+from .rerank.online import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

@@ -7,6 +7,7 @@ from fastreid_nb.eval.features import Features, cosine_dist, euclidean_dist, eva
 from fastreid_nb.eval.neighbours import Neighbours
 from fastreid_nb.rerank.core import rerank_dist
 from fastreid_nb.rerank.expansion import expand_features
+from fastreid_nb.rerank.online import OnlineReranker
 from golden_files import golden_files, golden_params, missing
 
 dists = [cosine_dist, euclidean_dist, sq_euclidean_dist]
@@ -179,3 +180,22 @@ def test_bad_features():
     for variant in ('published','fastreid'):
         d = rerank_dist(x[:1].repeat(6, 1), x[:1].repeat(50, 1), 5, 2, variant=variant).matrix()
         assert d.isfinite().all()
+
+# ---- online
+
+@pytest.mark.parametrize('variant', ['published','fastreid'])
+@pytest.mark.parametrize('kind', ['usual','copies','far','short'])
+def test_online_is_the_batch_of_one(kind, variant):
+    "For every distance, with copies of gallery images and queries far away; afterwards the gallery is what it was"
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 8, generator=gen).repeat(9, 1) + .6*torch.randn(180, 8, generator=gen)
+    x,q = x[6:],x[:6]
+    if kind=='copies': q = torch.cat([x[:3], q[:3]])
+    if kind=='far': q = 4*q+3
+    k1,k2 = (2,1) if kind=='short' else (9,3)
+    for dist in dists:
+        online = OnlineReranker(x, k1, k2, .3, dist, variant)
+        got = online(q)
+        want = torch.cat([rerank_dist(o[None], x, k1, k2, .3, dist, variant).matrix() for o in q])
+        near(got, want, 1e-6 if dist is cosine_dist else 5e-6)
+        assert torch.equal(online(q.flip(0)).flip(0), got)

@@ -167,11 +167,15 @@ def _squared(d, dist, variant):
     if variant=='published' or dist is euclidean_dist: return d**2
     return 2*d if dist is cosine_dist else d
 
-def _old_rows(nn, n_q, farthest, variant):
-    "Positions of queries → the distances that are mixed in"
+def _old_rows(nn, n_q, lists, farthest, variant):
+    "Positions of queries → the distances that are mixed in; those in the `lists` (rows, distances) are exact"
     def rows(pos):
-        d = nn._to_rows(nn.x[pos.to(nn.x.device)], n_q)
-        return d if variant=='fastreid' else d.div_(farthest[pos.to(d.device),None]).square_()
+        pos = pos.to(nn.x.device)
+        d = nn._to_rows(nn.x[pos], n_q)
+        idx,near = (o[pos] for o in lists)
+        row,col = (idx>=n_q).nonzero(as_tuple=True)
+        d[row,idx[row,col]-n_q] = near[row,col]
+        return d if variant=='fastreid' else d.div_(farthest[pos,None]).square_()
     return rows
 
 # %% ../../nbs/08_rerank.ipynb #7ceeb18a
@@ -198,4 +202,4 @@ def rerank_dist(
     scale = (farthest**2 if variant=='published' else torch.ones_like(farthest)).cpu().numpy()
     V = _weights(sets, scale)
     if k2>1: V = _mean_rows(V, idx[:,:k2].cpu().numpy())
-    return RerankedDist(V, n_q, lam, _old_rows(nn, n_q, farthest, variant))
+    return RerankedDist(V, n_q, lam, _old_rows(nn, n_q, (idx,d), farthest, variant))
