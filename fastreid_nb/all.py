@@ -79,6 +79,7 @@ from .eval.extract import *
 from .rerank.core import *
 from .rerank.expansion import *
 from .rerank.online import *
+from .rerank.gnn import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *
