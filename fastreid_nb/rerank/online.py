@@ -46,7 +46,7 @@ class OnlineReranker:
         dist:Callable=cosine_dist,
         variant:str='published',
     ):
-        x = torch.as_tensor(getattr(g, 'emb', g)).float()
+        x = torch.as_tensor(getattr(g, 'emb', g)).float().cpu()   # one query is too little work for a GPU
         self.length = _check_ks(k1, k2, lam, len(x), variant)
         self.k1,self.k2,self.lam,self.dist,self.variant = k1,k2,lam,dist,variant
         self.n,self.half = len(x),min(_half(k1), self.length)
