@@ -45,8 +45,9 @@ def _additions(graph, rows):
     mine,near = graph.idx[rows],graph.near[rows]
     some = mine.clamp_min(0)
     theirs,close = graph.idx[some,:graph.half],graph.close[some]   # (r,L,h)
-    core = mine.masked_fill(~near, -1)
-    inside = (theirs[...,None]==core[:,None,None]).any(3) & close
+    core = mine.masked_fill(~near, -1).sort(dim=1).values
+    at = torch.searchsorted(core, theirs.flatten(1)).clamp_max(core.shape[1]-1)
+    inside = (core.gather(1, at)==theirs.flatten(1)).view(close.shape) & close
     add = near & (3*inside.sum(2)>2*close.sum(2))
     return theirs.flatten(1), (close & add[...,None]).flatten(1)
 
