@@ -40,11 +40,11 @@ class OnlineReranker:
     "Re-ranked distances of single queries to a gallery that is prepared once"
     def __init__(self,
         g:Features, # Gallery, or a tensor (G,D)
-        k1:int=20, # As in `rerank_dist`, like all that follows
-        k2:int=6,
-        lam:float=.3,
-        dist:Callable=cosine_dist,
-        variant:str='published',
+        k1:int=20, # Neighbours that must be mutual; this and the rest as in `rerank_dist`
+        k2:int=6, # Neighbourhoods that are averaged
+        lam:float=.3, # Weight of the old distance, in [0,1]
+        dist:Callable=cosine_dist, # The old distance; or `euclidean_dist` or `sq_euclidean_dist`
+        variant:str='published', # Or 'fastreid'
     ):
         x = torch.as_tensor(getattr(g, 'emb', g)).float().cpu()   # one query is too little work for a GPU
         self.length = _check_ks(k1, k2, lam, len(x), variant)
