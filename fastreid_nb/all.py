@@ -63,6 +63,7 @@ from .train.distributed import *
 from .train.names import *
 from .eval.core import *
 from .eval.features import *
+from .eval.neighbours import *
 from .eval.inference import *
 from .eval.score import *
 from .eval.verification import *
@@ -75,6 +76,10 @@ from .eval.fusion import *
 from .eval.openset import *
 from .eval.results import *
 from .eval.extract import *
+from .rerank.core import *
+from .rerank.expansion import *
+from .rerank.online import *
+from .rerank.gnn import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

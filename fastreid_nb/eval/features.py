@@ -16,7 +16,7 @@ from pathlib import Path
 from warnings import catch_warnings, simplefilter
 from fastcore.basics import patch
 from ..data.core import Protocol, as_protocol
-from ..data.files import atomic_path, read_torch
+from ..data.files import atomic_path, later, read_torch
 from .core import ReIDResult, rank_dist
 
 # %% ../../nbs/07a_eval.features.ipynb #0e763e12
@@ -254,12 +254,17 @@ def evaluate(
     max_rank:int=50, # Length of the CMC curve, and of the lists in `top`
     chunk:int=None, # Queries ranked at a time; by default as many as keep their distances at 64 MB
     device:str|torch.device=None, # Where to compute; by default on the CPU
+    qe:bool|Callable=False, # Expand features first: True for `expand_features`, or `(q, g)` → new `(q, g)`
+    rerank:bool|Callable=False, # Re-rank: True for `rerank_dist`, or `(q, g, dist=, device=)` → distances
 )->ReIDResult: # Scores of every query
     "Rank the gallery for every query and score the lists"
     notes = [_zero_rows(o.emb, side) for o,side in ((q,'query'), (g,'gallery'))]
     fn = getattr(dist, 'func', dist)   # a `partial` goes by the name of its function
     metric = getattr(fn, '__name__', type(fn).__name__).removesuffix('_dist')
-    res = rank_dist(dist_rows(q, g, dist, device), q, g, protocol, max_rank, chunk, metric)
+    if qe: q,g = (qe if callable(qe) else later('expand_features'))(q, g)
+    rows = (rerank if callable(rerank) else later('rerank_dist') if rerank else dist_rows)(q, g, dist=dist, device=device)
+    metric += ', expanded'*bool(qe) + ', re-ranked'*bool(rerank)
+    res = rank_dist(rows, q, g, protocol, max_rank, chunk, metric)
     res.notes += [o for o in notes if o]
     return res
 

@@ -189,9 +189,12 @@ def evaluate(self:Learner,
     protocol:str|Protocol=None, # A name in `protocols` or your own; by default that of `dls.data`
     max_rank:int=50, # Length of the CMC curve, and of the lists kept for showing
     progress:bool=True, # Show a bar?
+    qe:bool|Callable=False, # Expand features first, as in `evaluate`
+    rerank:bool|Callable=False, # Re-rank, as in `evaluate`
 )->ReIDResult: # Scores of every query
     "Rank the gallery for every query and score the lists"
-    return evaluate(*self.features(progress), dist, protocol, max_rank, device=self.dls.device)
+    q,g = self.features(progress)
+    return evaluate(q, g, dist, protocol, max_rank, device=self.dls.device, qe=qe, rerank=rerank)
 
 # %% ../../nbs/07c_eval.inference.ipynb #93cea81f
 class Mirrored(nn.Module):
@@ -272,6 +275,8 @@ def evaluate_data(
     protocol:str|Protocol=None, # A name in `protocols` or your own; by default that of `data`
     progress:bool=True, # Show a bar?
     skip_bad:bool=False, # Leave unreadable images out, with a note, instead of naming them in an error?
+    qe:bool|Callable=False, # Expand features first, as in `evaluate`
+    rerank:bool|Callable=False, # Re-rank, as in `evaluate`
 )->ReIDResult: # Scores of every query
     "Score a model on any data, without a learner; every image is read once"
     device,notes = device_of(model),[]
@@ -281,7 +286,7 @@ def evaluate_data(
         if not skip_bad: raise dl.dataset.error()
         data,note = _without(data, bad.numpy())
         emb,notes = emb[~bad],[note]
-    res = evaluate(*split_emb(emb, data), dist, protocol, device=device)
+    res = evaluate(*split_emb(emb, data), dist, protocol, device=device, qe=qe, rerank=rerank)
     res.notes += notes
     return res
 

@@ -178,6 +178,8 @@ def reid_eval(
     workers:int=None, # Processes that read images; by default one per core
     precision:str='auto', # Of the forward pass: auto (the fastest, measured), float32 or bfloat16
     skip_bad:bool=False, # Leave unreadable images out instead of stopping?
+    qe:bool=False, # Expand queries by their nearest images first?
+    rerank:bool=False, # Re-rank by mutual neighbours?
     out:str='reid_eval', # Folder for ranked_list.png
 ):
     "Score a model on any images"
@@ -187,7 +189,7 @@ def reid_eval(
     data = read_data(path, regex, test_frac, seed).check(skip_bad, progress=has_screen())
     _say(data)
     dtype = _precisions[precision] or best_dtype(device, training=False)
-    res = evaluate_data(model, data, num_workers=workers, dtype=dtype)
+    res = evaluate_data(model, data, num_workers=workers, dtype=dtype, qe=qe, rerank=rerank)
     if sure := _how_sure(res): _say('', sure)
     _leave(res, out)
 
