@@ -52,11 +52,16 @@ def _from_sq(sq, dist):
     if dist is cosine_dist: return sq/2
     return sq.sqrt() if dist is euclidean_dist else sq
 
-def _pair_sq(a, b, dist):
-    "Squared straight lines between `a` and `b`, over the last dimension; a zero vector is √2 from all for the cosine"
-    sq = (a-b).square().sum(-1)
+def _own_sq(a, b, dist):
+    "Squared straight lines from each row of `a` (q,D) to its own rows in `b` (q,m,D); a zero vector is √2 from all for the cosine"
+    a = a[:,None]
+    sq = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist').squeeze(1).square_()   # without a table of differences
     if dist is not cosine_dist: return sq
     return sq + sum((~o.any(-1)).to(sq.dtype) for o in (a,b))
+
+def _pair_sq(a, b, dist):
+    "Squared straight lines between the rows of `a` and `b`, (n,)"
+    return _own_sq(a, b[:,None], dist).squeeze(1)
 
 # %% ../../nbs/07b_eval.neighbours.ipynb #1dfab51b
 class _Exact:
@@ -170,11 +175,11 @@ def _queries(self:Neighbours, queries):
 def _in_order(self:Neighbours, q, idx):
     "Candidates `idx` (q,m) and their distances, nearest first, from the differences of vectors"
     sq = q.new_full(idx.shape, math.inf)
-    step = max(1, 2**21//(idx.shape[1]*q.shape[1]))
+    step = max(1, 2**22//(idx.shape[1]*q.shape[1]))
     for a in range(0, len(q), step):
         some = idx[a:a+step]
         g = _ready(self.x[some.flatten().clamp_min(0)], self.dist).view(*some.shape, -1)
-        sq[a:a+step] = _pair_sq(q[a:a+step,None], g, self.dist).masked_fill_(some<0, math.inf)
+        sq[a:a+step] = _own_sq(q[a:a+step], g, self.dist).masked_fill_(some<0, math.inf)
     sq,idx = _by_value(sq, idx)
     return _from_sq(sq, self.dist), idx
 
@@ -196,7 +201,7 @@ def with_farthest(self:Neighbours,
     check_number('k', k, 1, len(self), whole=True)
     q = self._queries(queries)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        parts = [self._block(_ready(o, self.dist), k) for o in q.split(1024)]
+        parts = [self._block(_ready(o, self.dist), k) for o in q.split(2048)]
     if parts: return tuple(torch.cat(o) for o in zip(*parts))
     return q.new_zeros(0, k, dtype=torch.long), q.new_zeros(0, k), q.new_zeros(0)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from scipy.sparse import csr_matrix
 from ..eval.features import Features, cosine_dist
-from ..eval.neighbours import Neighbours, _by_value, _Exact, _from_sq, _pair_sq, _ready
+from ..eval.neighbours import Neighbours, _by_value, _Exact, _from_sq, _own_sq, _pair_sq, _ready
 from .core import _check_ks, _Graph, _half, _members, _mutual, _sets, _squared, _stretches
 
 # %% ../../nbs/08b_rerank.online.ipynb #b7b59a82
@@ -108,10 +108,15 @@ class _Entry:
 
 # %% ../../nbs/08b_rerank.online.ipynb #015cd487
 @patch
+def _to_query(self:OnlineReranker, q, rows):
+    "Squared straight lines from the query to some rows, exact"
+    return _own_sq(q[None], self.x[rows][None], self.dist)[0]
+
+@patch
 def _own_list(self:OnlineReranker, q, line):
     "The query's own list: itself, then its nearest, whose values in `line` become exact"
     found = line.topk(min(self.n, self.length+7), largest=False).indices
-    line[found] = _pair_sq(q, self.x[found], self.dist)
+    line[found] = self._to_query(q, found)
     near,idx = (o[0,:self.length-1] for o in _by_value(line[found][None], found[None]))
     sq = _squared(_from_sq(near, self.dist), self.dist, self.variant)
     return torch.cat([torch.tensor([self.n]), idx]), torch.cat([sq.new_zeros(1), sq])
@@ -120,7 +125,7 @@ def _own_list(self:OnlineReranker, q, line):
 def _entered(self:OnlineReranker, q, line):
     "Rows whose lists the query enters, and their squared distances to it"
     some = (_from_sq(line, self.dist)<=self.last*1.001+1e-3*self.last.mean()).nonzero().flatten()
-    d = _from_sq(_pair_sq(q, self.x[some], self.dist), self.dist)
+    d = _from_sq(self._to_query(q, some), self.dist)
     inside = d<=self.last[some]
     return some[inside], _squared(d[inside], self.dist, self.variant)
 
