@@ -36,20 +36,21 @@ def omniglot_small(): return splits('omniglot_small', lambda df: df.camid.isin(s
 vehicle = dict(size=(96,96), p=16, k=2, augs=[hflip, often(affine), often(color), random_erase], epochs=50)
 letters = dict(size=(64,64), p=16, k=4, augs=[often(partial(affine, degrees=15, fill=255))], epochs=12)
 
-def run(data, seed, size, p, k, augs, epochs, lr=1e-3):
-    "Train from scratch and score: untrained mAP, result, and minutes of training and scoring"
+def trained(data, seed, size, p, k, augs, epochs, lr=1e-3):
+    "A learner after training from scratch, its untrained mAP, and minutes of training and scoring"
     learn = reid_learner(reid_dls(data, size, p, k, augs, num_workers=0, seed=seed), resnet18_ibn, seed=seed)
     learn.remove_cb(ScoreReID)
     learn.add_cb(ScoreReID(every=epochs))
     before,t = learn.evaluate(progress=False).mAP,time.perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(epochs, lr)
-    return before,learn.reid_result,(time.perf_counter()-t)/60
+    return learn,before,(time.perf_counter()-t)/60
 
 def report(data, seeds, **kwargs):
     "Print a line per seed and a summary; mAP and minutes of each seed"
     rows = []
     for seed in range(seeds):
-        before,res,mins = run(data, seed, **kwargs)
+        learn,before,mins = trained(data, seed, **kwargs)
+        res = learn.reid_result
         print(f'{data.name} seed {seed}: untrained {before:.3f}, mAP {res.mAP:.3f}, rank-1 {res.rank(1):.3f}, {mins:.1f} min', flush=True)
         rows.append((res.mAP, res.rank(1), mins))
     floors = ', '.join(f'{k} {v:.3f}' for k,v in floor_scores(data).mAP.items())

@@ -109,6 +109,9 @@ def test_golden_jaccard(path):
         V = torch.tensor(one.V.toarray())
         shared = torch.stack([torch.minimum(row, V).sum(1) for row in V])
         near(1-shared/(2-shared), want)
+    for m,want in arrays(path, r'evaluator_mix_l([\d.]+)_cosine')[1]:
+        q,g,lam = torch.tensor(o['query']),torch.tensor(o['gallery']),float(m[1])
+        near((1-lam)*rerank_dist(q, g, 20, 6, 0, sq_euclidean_dist, 'fastreid').matrix() + lam*cosine_dist(q, g), want)
 
 # ---- query expansion
 
