@@ -30,8 +30,8 @@ class SameBatch(Callback):
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
     "Loaders of 20 identities, as many as the golden head has; their images are not used"
-    data = toy_reid(tmp_path_factory.mktemp('toy'), n_ids=27, size=(128,64), progress=False)
-    return reid_dls(data, (128,64), p=4, k=2, num_workers=0, augs=[])
+    data = toy_reid(tmp_path_factory.mktemp('toy'), n_ids=27, size=(32,16), progress=False)
+    return reid_dls(data, (32,16), p=4, k=2, num_workers=0, augs=[])
 
 def the_files():
     found = golden_files('models/train*.npz'),golden_files('models/*_state_half.npz')
