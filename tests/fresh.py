@@ -1,5 +1,5 @@
 "Processes that have imported the library and done nothing else, each in the time of a fork instead of seconds of imports"
-import multiprocessing, os, re, sys, time
+import multiprocessing, os, re, signal, sys, time
 from pathlib import Path
 
 _ways = multiprocessing.get_all_start_methods()
@@ -13,6 +13,7 @@ def _run(said, code, words, env):
     out = os.open(said, os.O_WRONLY|os.O_CREAT|os.O_APPEND)
     for o in (1,2): os.dup2(out, o)
     sys.stdout.reconfigure(line_buffering=True, encoding='utf-8')
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background jobs do not hear it
     sys.argv[1:] = words
     os.environ.update(env)
     exec(compile(code, '<test>', 'exec'), dict(__name__='__main__'))
@@ -31,7 +32,7 @@ class Fresh:
     @property
     def text(self): return self.said.read_text(encoding='utf-8')
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=240):
         "Its exit status, as `Popen` gives it; it is killed after `timeout` seconds"
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -39,14 +40,14 @@ class Fresh:
             raise TimeoutError(f'{self.text}\nit had not ended after {timeout} seconds')
         return self.process.exitcode
 
-    def wait_for(self, pattern, timeout=60):
+    def wait_for(self, pattern, timeout=240):
         "Wait until it has printed `pattern`, or has ended"
         end = time.monotonic()+timeout
         while not re.search(pattern, self.text, re.M) and self.process.is_alive() and time.monotonic()<end: time.sleep(.02)
 
     def send_signal(self, how): os.kill(self.pid, how)
 
-def run(said, code, *words, timeout=60, **env):
+def run(said, code, *words, timeout=240, **env):
     "What `code` prints in a process of its own"
     new = Fresh(said, code, *words, **env)
     new.wait(timeout)

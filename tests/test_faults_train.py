@@ -268,7 +268,7 @@ if __name__=='__main__':
 def test_nameless_functions_and_spawned_workers(data, folder, tmp_path):
     (tmp_path/'x.py').write_text(spawned)
     env = os.environ|dict(PYTHONPATH=str(root), PYTHONWARNINGS='ignore', CUDA_VISIBLE_DEVICES='')
-    out = subprocess.run([sys.executable, tmp_path/'x.py', folder.parent], env=env, capture_output=True, text=True, timeout=100).stdout
+    out = subprocess.run([sys.executable, tmp_path/'x.py', folder.parent], env=env, capture_output=True, text=True, timeout=300).stdout
     assert 'augmentation 1 (<lambda>) cannot be sent to worker processes' in out and 'num_workers=0' in out and '9 batches' in out
 
 # Files
@@ -486,7 +486,7 @@ def test_signals_end_a_run_in_order(tmp_path, folder, said, how, status):
     p = fresh.Fresh(said, fresh.command, 'train', folder, *small, '--epochs', 9999, '--workers', 2, '--out', tmp_path/'o')
     p.wait_for(r'^1 ')
     p.send_signal(how)
-    code,text = p.wait(40),p.text
+    code,text = p.wait(),p.text
     assert code==status and 'what was learnt so far is in' in text and 'Traceback' not in text, text
     assert f'goes on with --resume {tmp_path}' in text and alive(p.pid)==[]
     assert sorted(o.name for o in (tmp_path/'o').iterdir())==['experiment.yml','model_interrupted.pt','run']
@@ -507,7 +507,7 @@ with Signals():
     p.wait_for('saving')
     began = time.time()
     p.send_signal(signal.SIGINT)
-    assert p.text=='saving\n' and p.wait(20)==130 and time.time()-began<5
+    assert p.text=='saving\n' and p.wait()==130 and time.time()-began<5
 
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
 @pytest.mark.parametrize('how,status,seconds', [(signal.SIGINT,130,.5), (signal.SIGTERM,143,1.5)])
@@ -517,5 +517,5 @@ def test_signals_while_it_imports(tmp_path, how, status, seconds):
     p = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(seconds)
     p.send_signal(how)
-    text = p.communicate(timeout=30)[0]
+    text = p.communicate(timeout=120)[0]
     assert (p.returncode,text)==(status,'') or 'nowhere not found' in text and 'Traceback' not in text

@@ -17,6 +17,7 @@ from fastreid_nb.train.schedules import FreezeBackbone
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
+from slow import slow_but
 from tiny_models import thin_resnets
 
 makers = dict(pcb=partial(pcb, n_parts=3), refined=partial(pcb, n_parts=3, refined=True), mgn=mgn, era=partial(mgn, variant='2020'),
@@ -305,8 +306,8 @@ def test_pretrained_reaches_every_branch(tmp_path):
     assert not {id(p) for p in model.head.branches[0].parameters()} & {id(p) for p in model.head.branches[1].parameters()}
 
 @pytest.mark.parametrize('backbone', [resnet18, partial(resnet34, ibn=True), partial(resnet50, se=True), resnext50, partial(resnet50, ibn='b'),
-                                      resnest, partial(resnet50, ibn='a4')])
-@pytest.mark.parametrize('last_stride', [1,2])
+                                      resnest, pytest.param(partial(resnet50, ibn='a4'), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('last_stride', slow_but([1,2], 2))
 def test_cut(backbone, last_stride):
     "Trunk and branch in a row are the network; branches of stripes keep the trunk's height"
     with torch.device('meta'):
