@@ -480,6 +480,12 @@ def alive(group):
     found = subprocess.run(['ps','-o','pid=,stat=','-s',str(group)], capture_output=True, text=True).stdout.splitlines()
     return [o for o in found if 'Z' not in o]
 
+def all_end(group, seconds=60):
+    "Do all processes of a session end by themselves?"
+    end = time.monotonic()+seconds
+    while alive(group) and time.monotonic()<end: time.sleep(.1)
+    return alive(group)==[]
+
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
 @pytest.mark.parametrize('how,status', [(signal.SIGTERM,143), (signal.SIGINT,130)])
 def test_signals_end_a_run_in_order(tmp_path, folder, said, how, status):
@@ -488,7 +494,7 @@ def test_signals_end_a_run_in_order(tmp_path, folder, said, how, status):
     p.send_signal(how)
     code,text = p.wait(),p.text
     assert code==status and 'what was learnt so far is in' in text and 'Traceback' not in text, text
-    assert f'goes on with --resume {tmp_path}' in text and alive(p.pid)==[]
+    assert f'goes on with --resume {tmp_path}' in text and all_end(p.pid)
     assert sorted(o.name for o in (tmp_path/'o').iterdir())==['experiment.yml','model_interrupted.pt','run']
 
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
