@@ -25,9 +25,10 @@ def missing(what):
     if is_own(): pytest.fail(f'{what}: missing or not built, though tests/golden promises it')
     pytest.skip(f'{what}: not in {golden_dir()}, or not built yet')
 
-def golden_params(pattern)->list:
-    "What to parametrise a test over: the files, or one `None` that the test hands to `missing`"
-    return [pytest.param(p, id=p.stem) for p in golden_files(pattern)] or [pytest.param(None, id=f'no {pattern}')]
+def golden_params(pattern, slow=())->list:
+    "What to parametrise a test over: the files, those that begin with `slow` as slow tests, or one `None` that the test hands to `missing`"
+    def param(p): return pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if slow and p.name.startswith(slow) else [])
+    return [param(p) for p in golden_files(pattern)] or [pytest.param(None, id=f'no {pattern}')]
 
 def close(a, b, rel=1e-5, tiny=1e-12):
     "Assert that `a` equals `b` within `rel` of the largest value of `b`, or `tiny` where all of `b` is 0"

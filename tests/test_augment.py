@@ -1,5 +1,5 @@
 "Augmentation and P×K batches"
-import multiprocessing, os, pickle, signal, time, warnings
+import gc, multiprocessing, os, pickle, signal, time, warnings
 from functools import partial
 from zipfile import ZipFile
 import numpy as np, pandas as pd, pytest, torch
@@ -15,6 +15,14 @@ from fastreid_nb.augment.samplers import pk_batches, pk_len
 from fastreid_nb.data.core import ReIDData
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.data.toy import toy_reid
+
+@pytest.fixture(scope='module', autouse=True)
+def impatient():
+    "torch waits five seconds for workers that are stuck, whenever a loader that failed is thrown away"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', .5)
+        yield
+        gc.collect()
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=12, size=(64,32), progress=False)

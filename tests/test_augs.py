@@ -415,7 +415,7 @@ def test_strong_with_any_number_of_workers(data, n):
     a,b = (reid_dls(data, (64,32), p=3, k=2, augs=strong_augs, batch_tfms=[RandomPatch(warmup=6)], num_workers=o, seed=3) for o in (0,n))
     for x,y in zip(a.train, b.train): assert all(torch.equal(u, v) for u,v in zip(x, y))
 
-@pytest.mark.parametrize('path', golden_params('data/train_transform_statistics*.json'))
+@pytest.mark.parametrize('path', golden_params('data/train_transform_statistics*.json', slow='train'))
 def test_golden_sbs_statistics(path):
     "4000 draws of the reference's strong-baseline pipeline on a flat picture, against half as many of ours"
     if path is None: missing('data/train_transform_statistics*.json')

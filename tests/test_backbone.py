@@ -11,6 +11,7 @@ from fastreid_nb.backbone.resnet import (ReIDBasicBlock, ReIDBottleneck, ReIDRes
     resnet50, resnext50, weights_url)
 from fastreid_nb.pooling.core import GlobalAvgPool
 from golden_files import close, golden_files, missing
+from tiny_models import thin_resnets
 
 def golden_block(name, z):
     "Our block with the weights of one entry of blocks.npz; None if it is built elsewhere"
@@ -133,18 +134,25 @@ def test_pretrained_offline_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as e: resnet18(pretrained=True)
     for part in ('no route to host', 'resnet18-f37072fd.pth', str(tmp_path), 'pretrained=False'): assert part in str(e.value)
 
+@pytest.fixture
+def thin_file(tmp_path):
+    "A file of a network with few channels, where `resnet18` makes such networks"
+    with thin_resnets():
+        torch.save(resnet18().state_dict(), tmp_path/'thin.pth')
+        yield tmp_path/'thin.pth'
+
 @pytest.mark.parametrize('what,match', [('depth', 'does not fit'), ('ibn', 'a plain network'), ('short', 'does not fit'), ('grey', 'does not fit'), ('text', 'not a readable'),
     ('empty', 'not a readable'), ('cut', 'not a readable'), ('checkpoint', 'plain dictionary'), ('nan', 'NaN')])
-def test_wrong_weight_files(r18_file, what, match):
-    state = torch.load(r18_file, weights_only=True)
-    if what=='short': torch.save({k:v for k,v in state.items() if 'layer4.1' not in k}, r18_file)
-    if what=='grey': torch.save(dict(state, **{'conv1.weight':state['conv1.weight'][:,:1]}), r18_file)
-    if what=='text': r18_file.write_text('hello')
-    if what=='empty': r18_file.write_bytes(b'')
-    if what=='cut': r18_file.write_bytes(r18_file.read_bytes()[:100_000])
-    if what=='nan': torch.save(dict(state, **{'layer2.0.conv1.weight':state['layer2.0.conv1.weight']*torch.nan}), r18_file)
-    if what=='checkpoint': torch.save(dict(weights=list(state.values()), epoch=3), r18_file)
-    with pytest.raises(ValueError, match=match): resnet(34 if what=='depth' else 18, ibn=what=='ibn', pretrained=r18_file)
+def test_wrong_weight_files(thin_file, what, match):
+    state = torch.load(thin_file, weights_only=True)
+    if what=='short': torch.save({k:v for k,v in state.items() if 'layer4.1' not in k}, thin_file)
+    if what=='grey': torch.save(dict(state, **{'conv1.weight':state['conv1.weight'][:,:1]}), thin_file)
+    if what=='text': thin_file.write_text('hello')
+    if what=='empty': thin_file.write_bytes(b'')
+    if what=='cut': thin_file.write_bytes(thin_file.read_bytes()[:100_000])
+    if what=='nan': torch.save(dict(state, **{'layer2.0.conv1.weight':state['layer2.0.conv1.weight']*torch.nan}), thin_file)
+    if what=='checkpoint': torch.save(dict(weights=list(state.values()), epoch=3), thin_file)
+    with pytest.raises(ValueError, match=match): resnet(34 if what=='depth' else 18, ibn=what=='ibn', pretrained=thin_file)
 
 def test_ibn_weights_need_an_ibn_network(tmp_path):
     f = tmp_path/'ibn.pth'
@@ -220,9 +228,8 @@ def test_ibn_b_normalises_the_first_two_stages():
     names = [n for n,m in net.named_modules() if isinstance(m, torch.nn.InstanceNorm2d)]
     assert names==['bn1','layer1.2.IN','layer2.3.IN'] and not any(isinstance(m, IBN) for m in net.modules())
 
-def test_pretrained_fills_a_network_with_nonlocal_blocks(tmp_path):
-    torch.save(resnet50().state_dict(), tmp_path/'r50.pth')
-    plain,asking = (resnet50(nl=o, pretrained=tmp_path/'r50.pth').eval() for o in (False,True))
+def test_pretrained_fills_a_network_with_nonlocal_blocks(thin_file):
+    plain,asking = (resnet18(nl=o, pretrained=thin_file).eval() for o in (False,True))
     x = torch.rand(1, 3, 32, 32)
     with torch.no_grad(): assert torch.equal(plain(x), asking(x))
 
@@ -271,7 +278,7 @@ def test_a_network_keeps_the_layout():
     with torch.no_grad(): net(torch.rand(2, 3, 64, 32).to(memory_format=torch.channels_last))
     assert len(seen)==6+8 and all(seen)
 
-@pytest.mark.parametrize('train', [False,True])
+@pytest.mark.parametrize('train', [pytest.param(False, marks=pytest.mark.slow),True])
 def test_one_graph(train):
     "torch.compile takes the network whole"
     torch._dynamo.reset()

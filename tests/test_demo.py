@@ -39,22 +39,23 @@ def demo(workers, cache, out):
 def table(text): return re.findall(r'^\W*(mAP|mINP|rank-\d+|queries \w+)\W+(.*?)\s*$', text, re.M)
 
 @pytest.fixture(scope='module')
-def demos(cache, tmp_path_factory):
-    "Output folder and text of two runs, with 0 and with 2 workers"
-    outs = {n:tmp_path_factory.mktemp('runs')/f'workers{n}' for n in (0,2)}
-    return {n:(out,demo(n, cache, out)) for n,out in outs.items()}
+def alone(cache, tmp_path_factory):
+    "Output folder and text of a run without workers"
+    out = tmp_path_factory.mktemp('runs')/'workers0'
+    return out,demo(0, cache, out)
 
-def test_demo_command(demos):
+def test_demo_command(alone):
     "It ends with the table, a checkpoint and a picture, and says where they are"
-    out,text = demos[0]
+    out,text = alone
     assert {'mAP', 'mINP', 'rank-1', 'rank-5', 'rank-10'}<={k for k,_ in table(text)}
     with Image.open(out/'ranked_list.png') as im: assert min(im.size)>=200
     assert 'ranked_list.png' in text
     assert any(p.suffix in ('.pt', '.pth') and p.stat().st_size>1e6 and p.name in text for p in out.iterdir())
 
-def test_demo_workers(demos):
+@pytest.mark.slow
+def test_demo_workers(alone, cache, tmp_path):
     "The same seed gives the same table with 0 and with 2 workers"
-    assert table(demos[0][1])==table(demos[2][1])!=[]
+    assert table(alone[1])==table(demo(2, cache, tmp_path/'workers2'))!=[]
 
 def readme_python(): return re.search(r'^```python\n(.*?)^```', (root/'README.md').read_text(encoding='utf-8'), re.M|re.S)[1]
 
@@ -66,6 +67,7 @@ def test_demo_readme(cache, tmp_path):
     code = '\n'.join([*lines[:last.lineno-1], f'print({ast.unparse(last)})'])
     assert 'mAP' in run([sys.executable, '-c', code], cache, tmp_path)
 
+@pytest.mark.slow   # README.md, whose Python runs above, is made of this notebook
 def test_demo_notebook(cache, tmp_path):
     "index.ipynb runs in a Jupyter kernel, its slow cells included, and shows a score"
     fn,cfg = root/'nbs'/'index.ipynb',get_config(root)

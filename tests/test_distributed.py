@@ -1,9 +1,9 @@
 """Two processes on the CPU, connected by gloo, against one: losses, scores, statistics, order of gathered rows, and an end without a hang.
 
 All of it in one pair of processes, because most of their time goes into starting."""
-import json, os, socket, subprocess, sys, time
+import json, socket, time
 
-import pytest
+import fresh, pytest
 from fastreid_nb.recipes.ledger import Ledger
 
 script = '''
@@ -31,7 +31,7 @@ class Dies(Callback):
     def before_batch(self):
         if rank: os._exit(7)
 
-data = toy_reid(folder, n_ids=23, progress=False)
+data = toy_reid(folder, n_ids=23, size=(64,32), progress=False)
 dls = reid_dls(data, (64,32), p, 4, augs=[], num_workers=0, val_bs=20)
 note,res = Note(),{}
 for name,kw in dict(all={}, own_triplets=dict(gather=False)).items():
@@ -48,7 +48,7 @@ if processes()>1:
     (AllRows.apply(x).pow(2)*torch.arange(4.)[:,None]).sum().backward()
     res['grad'] = x.grad.ravel().tolist()
 if processes()>1:
-    exp = Experiment.load('toy_small', ['data.train={fn: toy_reid, n_ids: 23, progress: false}', 'sampler.p=2', 'sampler.k=2', 'epochs=1',
+    exp = Experiment.load('toy_small', ['data.train={fn: toy_reid, n_ids: 23, size: [32, 16], progress: false}', 'sampler.p=2', 'sampler.k=2', 'epochs=1',
         'preproc.size=[32, 16]', 'model.backbone={fn: osnet, width: x0_25}', 'workers=0', 'precision=float32'])
     res['run'] = run_experiment(exp, os.path.join(os.path.dirname(out), 'run'), folder).mAP
 json.dump(res, open(f'{out}{rank}.json', 'w'))
@@ -57,9 +57,7 @@ if processes()>1:
 '''
 
 def start(tmp, name, p, **env):
-    env = dict(os.environ, OMP_NUM_THREADS='1', **env)
-    words = [sys.executable, tmp/'s.py', tmp/'toy', str(p), tmp/name]
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return fresh.Fresh(tmp/f'{name}{env.get("RANK", "")}.txt', script, tmp/'toy', p, tmp/name, **env)
 
 def free_port():
     with socket.socket() as s:
@@ -70,15 +68,14 @@ def free_port():
 def runs(tmp_path_factory):
     "What one process and each of two wrote; how the two ended, and after how many seconds the survivor did"
     tmp = tmp_path_factory.mktemp('dist')
-    (tmp/'s.py').write_text(script)
     alone = start(tmp, 'one', 8)
-    assert alone.wait(300)==0, alone.stdout.read()
+    assert alone.wait(300)==0, alone.text
     net = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE='2')
     pair = [start(tmp, 'two', 4, RANK=str(r), LOCAL_RANK=str(r), **net) for r in range(2)]
     codes = [pair[1].wait(300)]
     died = time.monotonic()
     codes.insert(0, pair[0].wait(100))
-    said = [o.stdout.read() for o in pair]
+    said = [o.text for o in pair]
     read = lambda o: json.loads((tmp/f'{o}.json').read_text()) if (tmp/f'{o}.json').exists() else pytest.fail('\n'.join(said))
     return dict(folder=tmp, one=read('one0'), two=[read('two0'),read('two1')], codes=codes, seconds=time.monotonic()-died, said=said)
 

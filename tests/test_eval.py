@@ -38,10 +38,12 @@ from golden_files import golden_files, missing
 def judge(dist, q, g, protocol):
     "(ap, inp, first match) of every query, None where there is no match; a plain loop"
     src = {'market':'camid', 'cross_view':'camid', 'tracklet':'trackid'}.get(protocol, 'path')
+    q,g = q.to_dict('records'),g.to_dict('records')
     res = []
-    for d,(_,o) in zip(dist.tolist(), q.iterrows()):
-        kept = [(x,j) for j,x in enumerate(d) if not ((g.pid[j]==o.pid or protocol=='cross_view') and src in g and g[src][j]==o[src])]
-        ranks = [r for r,(_,j) in enumerate(sorted(kept), 1) if g.pid[j]==o.pid]
+    for d,o in zip(dist.tolist(), q):
+        def is_gone(c): return (c['pid']==o['pid'] or protocol=='cross_view') and src in c and c[src]==o[src]
+        kept = [(x,j) for j,x in enumerate(d) if not is_gone(g[j])]
+        ranks = [r for r,(_,j) in enumerate(sorted(kept), 1) if g[j]['pid']==o['pid']]
         res.append(None if not ranks else (np.mean([(i+1)/r for i,r in enumerate(ranks)]), len(ranks)/ranks[-1], ranks[0]))
     return res
 
@@ -273,16 +275,24 @@ def test_evaluate_streams(f):
     assert np.array_equal(res.ap, rank_dist(f(q.emb, g.emb), q, g).ap, equal_nan=True)
     agree(res, judge(f(q.emb, g.emb), q.df, g.df, 'market'))
 
-def test_default_chunk_is_bounded():
-    "A gallery of 300,000 is ranked a few queries at a time"
-    n,sizes = 300_000,[]
+@pytest.mark.parametrize('n_gallery', [10, 20_000, 300_000, 10**7, 10**9])
+@pytest.mark.parametrize('n_rows', [1, 30, 10**5])
+def test_default_chunk_is_bounded(n_rows, n_gallery):
+    "64 MB of distances; for large galleries 256 MB, with up to 64 queries; one query always"
+    size = core._chunk_size(n_rows, n_gallery)
+    assert 1<=size<=n_rows and (size*n_gallery<=2**24 or size<=64) and (size*n_gallery<=2**26 or size==1)
+
+def test_default_chunk_is_used(monkeypatch):
+    "A gallery is ranked as many queries at a time as `_chunk_size` says"
+    monkeypatch.setattr(core, '_chunk_size', lambda n_rows, n_gallery: 7)
+    n,sizes = 5000,[]
     g = Features(torch.zeros(n,1), pd.DataFrame(dict(pid=np.arange(n)%50, camid=1)))
     q = Features(torch.zeros(30,1), pd.DataFrame(dict(pid=np.arange(30), camid=0)))
     def spy(a, b):
         sizes.append(len(a))
         return torch.zeros(len(a), len(b))
     res = evaluate(q, g, spy)
-    assert max(sizes)*n<=2**24 and res.first_match.tolist()==list(range(1,31))
+    assert sizes==[7,7,7,7,2] and res.first_match.tolist()==list(range(1,31))
 
 def test_evaluate_says_who():
     q,g = feats(np.random.default_rng(6))

@@ -1,5 +1,5 @@
 "Faults that users met while they trained, scored and used the command: the right value, or one clear sentence"
-import errno, os, re, signal, subprocess, sys, threading, time
+import errno, fresh, os, re, signal, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
@@ -11,10 +11,16 @@ from fastreid_nb.data.workers import short_of, story
 from fastreid_nb.recipes.start import find_network, networks, open_model, with_classes
 from fastreid_nb.recipes.run import run_folder
 from fastreid_nb.train.core import check_classes
+from tiny_models import thin_resnets
 
 root = Path(__file__).parents[1]
 quick = '--weights none --epochs 1 --size 64x32 --p 6 --k 4 --workers 0 --precision float32'.split()
 small = ['--backbone','resnet18',*quick]
+
+@pytest.fixture(scope='module', autouse=True)
+def thin():
+    "Small files and networks: what is tested here does not depend on the number of channels"
+    with thin_resnets(): yield
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory): return toy_reid(tmp_path_factory.mktemp('toy'), n_ids=24, n_cams=2, size=(64,32), progress=False)
@@ -30,6 +36,9 @@ def learn(dls):
     l = reid_learner(dls, resnet18, dtype=torch.float32)
     with l.no_bar(), l.no_logging(): yield l
 
+@pytest.fixture
+def said(tmp_path_factory): return tmp_path_factory.mktemp('said')/'said.txt'
+
 class Tiny(torch.nn.Conv2d):
     "A network of one layer"
     n_feat = 8
@@ -41,24 +50,6 @@ def says(capsys, code, *words):
     err = capsys.readouterr().err
     assert 'Traceback' not in err
     return err
-
-def python(code, *args, timeout=60, **kwargs):
-    "Run `code` in a process of its own"
-    env = os.environ|dict(PYTHONPATH=str(root), MPLBACKEND='agg', PYTHONWARNINGS='ignore', CUDA_VISIBLE_DEVICES='')
-    code = 'from fastreid_nb.all import *\n'+code
-    res = subprocess.run([sys.executable,'-c',code,*map(str, args)], env=env, capture_output=True, text=True, timeout=timeout, **kwargs)
-    return res.stdout+res.stderr
-
-def start(*words):
-    "The command in a process of its own"
-    env = os.environ|dict(PYTHONPATH=str(root), MPLBACKEND='agg', PYTHONUNBUFFERED='1', CUDA_VISIBLE_DEVICES='')
-    words = [sys.executable,'-m','fastreid_nb',*map(str, words)]
-    return subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-def wait_for(p, pattern):
-    text = ''
-    while not re.search(pattern, text, re.M) and p.poll() is None: text += p.stdout.readline()
-    return text
 
 # Losses and batches
 
@@ -129,7 +120,7 @@ def test_settings_of_a_learner(dls, kw):
 
 def test_predict_show_results_and_tta(learn, data):
     path = data.query.path[0]
-    assert torch.equal(learn.predict(path), learn.embed(path)) and learn.predict([path]*3).shape==(3,512)
+    assert torch.equal(learn.predict(path), learn.embed(path)) and learn.predict([path]*3).shape==(3,128)
     fig = learn.show_results(max_n=2)
     assert fig.axes
     q,g = learn.tta(progress=False)
@@ -263,6 +254,10 @@ def test_stories(said): assert 'num_workers' in story(RuntimeError(said), 45) an
 
 spawned = """
 import multiprocessing, sys
+from functools import partial
+from fastreid_nb.augment.core import hflip, pad_crop
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.data.toy import toy_reid
 if __name__=='__main__':
     multiprocessing.set_start_method('spawn')
     d = toy_reid(sys.argv[1], n_ids=24, n_cams=2, size=(64,32), progress=False)
@@ -271,9 +266,9 @@ if __name__=='__main__':
         except ValueError as e: print(e)
 """
 def test_nameless_functions_and_spawned_workers(data, folder, tmp_path):
-    (tmp_path/'x.py').write_text('from fastreid_nb.all import *\n'+spawned)
+    (tmp_path/'x.py').write_text(spawned)
     env = os.environ|dict(PYTHONPATH=str(root), PYTHONWARNINGS='ignore', CUDA_VISIBLE_DEVICES='')
-    out = subprocess.run([sys.executable, tmp_path/'x.py', folder.parent], env=env, capture_output=True, text=True, timeout=100).stdout
+    out = subprocess.run([sys.executable, tmp_path/'x.py', folder.parent], env=env, capture_output=True, text=True, timeout=300).stdout
     assert 'augmentation 1 (<lambda>) cannot be sent to worker processes' in out and 'num_workers=0' in out and '9 batches' in out
 
 # Files
@@ -304,28 +299,29 @@ def test_files_have_the_usual_permissions(tmp_path):
     assert (tmp_path/'a.txt').stat().st_mode==(tmp_path/'b.txt').stat().st_mode
 
 full = """
-import resource, sys
+import pandas as pd, resource, sys, torch
+from fastreid_nb.all import *
 m = reid_model(resnet18, 5, preproc=Preproc((64,32)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (2*2**20,)*2)
 for save in (lambda p: save_reid(p, m), Features(torch.zeros(9999,99), pd.DataFrame(dict(pid=range(9999)))).save):
     try: save(sys.argv[1])
     except OSError as e: print(type(e).__name__, e)
 """
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(tmp_path, said):
     (tmp_path/'full.pt').write_text('the old one')
-    out = python('import torch, pandas as pd\n'+full, tmp_path/'full.pt')
+    out = fresh.run(said, full, tmp_path/'full.pt')
     assert out.count(f'OSError [Errno {errno.EFBIG}] cannot write {tmp_path}/full.pt (No space left on device): choose')==2, out
     assert os.listdir(tmp_path)==['full.pt'] and (tmp_path/'full.pt').read_text()=='the old one'
 
-def test_rests_of_dead_writers(tmp_path):
-    code = "import sys\nfrom fastreid_nb.data.files import atomic_path\nwith atomic_path(sys.argv[1]) as f: f.touch(); print(1, flush=True); input()"
-    p = subprocess.Popen([sys.executable,'-c',code,tmp_path/'k.pt'], env=os.environ|dict(PYTHONPATH=str(root)), stdout=subprocess.PIPE, stdin=subprocess.PIPE)
-    p.stdout.readline()
+def test_rests_of_dead_writers(tmp_path, said):
+    code = "import sys, time\nfrom fastreid_nb.data.files import atomic_path\nwith atomic_path(sys.argv[1]) as f: f.touch(); print(1, flush=True); time.sleep(60)"
+    p = fresh.Fresh(said, code, tmp_path/'k.pt')
+    p.wait_for('1')
     assert len(os.listdir(tmp_path))==1
     with atomic_path(tmp_path/'k.pt') as f: f.touch()
     assert len(os.listdir(tmp_path))==2   # its writer lives
-    p.kill()
-    p.wait()
+    p.send_signal(signal.SIGKILL)
+    assert p.wait()==-signal.SIGKILL
     with atomic_path(tmp_path/'k.pt') as f: f.touch()
     assert os.listdir(tmp_path)==['k.pt']
 
@@ -341,9 +337,9 @@ def test_two_runs_and_one_folder(tmp_path, capsys):
     with run_folder(tmp_path/'o', overwrite=True) as d: assert d.name=='o'
     assert [o.name for o in (tmp_path/'o').iterdir()]==['model.pt']
 
-def test_a_lock_of_a_dead_run(tmp_path):
+def test_a_lock_of_a_dead_run(tmp_path, said):
     code = "import os, sys\nfrom fastreid_nb.recipes.run import run_folder\nwith run_folder(sys.argv[1]): os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable,'-c',code,tmp_path/'o'], env=os.environ|dict(PYTHONPATH=str(root)), timeout=60)
+    assert fresh.Fresh(said, code, tmp_path/'o').wait()==-9
     assert [o.name for o in (tmp_path/'o').iterdir()]==['.lock']
     with run_folder(tmp_path/'o') as a: assert a.name=='o'
 
@@ -394,10 +390,10 @@ def test_training_with_other_networks(capsys, tmp_path, folder):
         assert open_model(tmp_path/'o'/'model.pt').preproc.size==(64,32)
 
 @pytest.fixture(scope='module')
-def files(tmp_path_factory):
+def files(tmp_path_factory, thin):
     "Weights in several forms"
     t,sd = tmp_path_factory.mktemp('files'),resnet18().state_dict()
-    neck = {'bottleneck.weight':torch.ones(512), 'bottleneck.bias':torch.zeros(512), 'bottleneck.running_mean':torch.zeros(512), 'bottleneck.running_var':torch.ones(512), 'classifier.weight':torch.randn(9,512)}
+    neck = {'bottleneck.weight':torch.ones(128), 'bottleneck.bias':torch.zeros(128), 'bottleneck.running_mean':torch.zeros(128), 'bottleneck.running_var':torch.ones(128), 'classifier.weight':torch.randn(9,128)}
     torch.save({f'base.{k}':v for k,v in sd.items()}|neck, t/'bag.pth')
     torch.save(sd, t/'plain.pth')
     save_reid(t/'ours.pt', reid_model(resnet18, 7, preproc=Preproc((64,32))), range(7))
@@ -430,10 +426,10 @@ def test_a_part_model_gets_other_classes(tmp_path):
 
 # What is printed
 
-def test_a_log_file_has_a_line_per_epoch(tmp_path, folder):
-    p = start('train', folder, *small, '--epochs', 3, '--out', tmp_path/'o')
-    text = p.communicate(timeout=60)[0]
-    assert p.returncode==0 and len(re.findall(r'^[012] +\d', text, re.M))==3, text
+def test_a_log_file_has_a_line_per_epoch(tmp_path, folder, said):
+    p = fresh.Fresh(said, fresh.command, 'train', folder, *small, '--epochs', 3, '--out', tmp_path/'o')
+    code,text = p.wait(),p.text
+    assert code==0 and len(re.findall(r'^[012] +\d', text, re.M))==3, text
     assert not re.search(r'[\r\x1b]', text) and len(text)<3000 and text.index('epoch ')<text.index('\n0 ')
 
 def test_a_learner_writes_lines_too(dls, capsys):
@@ -484,19 +480,25 @@ def alive(group):
     found = subprocess.run(['ps','-o','pid=,stat=','-s',str(group)], capture_output=True, text=True).stdout.splitlines()
     return [o for o in found if 'Z' not in o]
 
+def all_end(group, seconds=60):
+    "Do all processes of a session end by themselves?"
+    end = time.monotonic()+seconds
+    while alive(group) and time.monotonic()<end: time.sleep(.1)
+    return alive(group)==[]
+
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
 @pytest.mark.parametrize('how,status', [(signal.SIGTERM,143), (signal.SIGINT,130)])
-def test_signals_end_a_run_in_order(tmp_path, folder, how, status):
-    p = start('train', folder, *small, '--epochs', 9999, '--workers', 2, '--out', tmp_path/'o')
-    text = wait_for(p, r'^1 ')
+def test_signals_end_a_run_in_order(tmp_path, folder, said, how, status):
+    p = fresh.Fresh(said, fresh.command, 'train', folder, *small, '--epochs', 9999, '--workers', 2, '--out', tmp_path/'o')
+    p.wait_for(r'^1 ')
     p.send_signal(how)
-    text += p.communicate(timeout=40)[0]
-    assert p.returncode==status and 'what was learnt so far is in' in text and 'Traceback' not in text, text
-    assert f'goes on with --resume {tmp_path}' in text and alive(p.pid)==[]
+    code,text = p.wait(),p.text
+    assert code==status and 'what was learnt so far is in' in text and 'Traceback' not in text, text
+    assert f'goes on with --resume {tmp_path}' in text and all_end(p.pid)
     assert sorted(o.name for o in (tmp_path/'o').iterdir())==['experiment.yml','model_interrupted.pt','run']
 
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
-def test_a_second_signal_ends_at_once(tmp_path):
+def test_a_second_signal_ends_at_once(said):
     "The first is being answered, for a long time"
     code = '''
 import os, signal, time
@@ -507,17 +509,19 @@ with Signals():
         print('saving', flush=True)
         time.sleep(60)
 '''
-    p = subprocess.Popen([sys.executable,'-c',code], env=os.environ|dict(PYTHONPATH=str(root)), stdout=subprocess.PIPE, text=True)
-    assert p.stdout.readline()=='saving\n'
+    p = fresh.Fresh(said, code)
+    p.wait_for('saving')
     began = time.time()
     p.send_signal(signal.SIGINT)
-    assert p.wait(20)==130 and time.time()-began<5
+    assert p.text=='saving\n' and p.wait()==130 and time.time()-began<5
 
 @pytest.mark.skipif(os.name=='nt', reason='signals of Unix')
 @pytest.mark.parametrize('how,status,seconds', [(signal.SIGINT,130,.5), (signal.SIGTERM,143,1.5)])
 def test_signals_while_it_imports(tmp_path, how, status, seconds):
-    p = start('doctor', tmp_path/'nowhere')
+    env = os.environ|dict(PYTHONPATH=str(root), MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='')
+    words = [sys.executable,'-m','fastreid_nb','doctor',tmp_path/'nowhere']
+    p = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(seconds)
     p.send_signal(how)
-    text = p.communicate(timeout=30)[0]
+    text = p.communicate(timeout=120)[0]
     assert (p.returncode,text)==(status,'') or 'nowhere not found' in text and 'Traceback' not in text

@@ -20,9 +20,15 @@ from fastreid_nb.losses.core import CrossEntropy
 from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.pooling.core import GlobalAvgPool, GeM, GlobalMaxPool
 from golden_files import close, golden_files, missing
+from tiny_models import thin_resnets
 
 heads = [LinearHead, BNNeckHead, ReductionHead, partial(BNNeckHead, cosine=True), partial(ReductionHead, n_emb=7, neck=False),
          partial(LinearHead, cosine=True)]
+
+@pytest.fixture(autouse=True)
+def thin():
+    "Small networks where the number of channels does not matter"
+    with thin_resnets(): yield
 
 class Tiny(nn.Module):
     "A backbone of one convolution"
@@ -227,7 +233,7 @@ def test_backbone_comes_first():
     assert reid_model(resnet18).head.classifier.out_features==0 and reid_model(resnet18, 7).head.classifier.out_features==7
     for make in (reid_model, pcb, mgn, rmgl, haa):
         with pytest.raises(ValueError, match='expected the backbone first'): make(100, resnet18)
-    assert reid_model(resnet18).eval()(torch.rand(1, 3, 32, 32)).shape==(1,512)
+    assert reid_model(resnet18).eval()(torch.rand(1, 3, 32, 32)).shape==(1,128)
 
 def test_timm_by_name():
     pytest.importorskip('timm')
@@ -340,6 +346,7 @@ def test_every_parameter_learns():
     (CrossEntropy()(out, pid)+TripletLoss(None)(out, pid)).backward()
     assert not [n for n,p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
 
+@pytest.mark.slow   # tests/test_compiling.py has the two that differ most
 @pytest.mark.parametrize('amp', [False,True])
 @pytest.mark.parametrize('train', [False,True])
 def test_compiles_into_one_graph(train, amp):

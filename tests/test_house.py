@@ -275,5 +275,6 @@ def test_command(tmp_path):
 @pytest.fixture(scope='module')
 def ours(): return House(root)
 
+@pytest.mark.slow   # `python tools/check_house.py`, which .ci/run starts, says the same
 @pytest.mark.parametrize('rule', by_name)
 def test_our_house(ours, rule): silent(ours, rule)

@@ -2,6 +2,7 @@
 import importlib, inspect, json, os, re, subprocess, sys, warnings
 from pathlib import Path
 import pytest
+from slow import slow_but
 
 root,lib = Path(__file__).parents[1],'fastreid_nb'
 
@@ -93,16 +94,22 @@ if __name__=='__main__':
 
 # ---- what pytest runs
 
+def last_of_rooms():
+    "A module of each room, the last by name, and those above the rooms: the others take a minute, so they are slow"
+    return {o.split('.')[1]:o for o in modules()}.values()
+
 @pytest.fixture(scope='module')
-def found():
-    "What `main` prints"
+def found(request):
+    "What `main` prints of the modules that are looked at in this run"
+    slow = request.config.option.slow or request.config.option.markexpr=='slow'
+    names = modules() if slow else [*last_of_rooms(), *({f'{lib}.all'}-{*last_of_rooms()})]
     if not hasattr(os, 'fork'): pytest.skip('a fresh process for each module would take minutes without fork')
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
-    res = subprocess.run([sys.executable, __file__, *modules()], capture_output=True, encoding='utf-8', env=env, timeout=300)
+    res = subprocess.run([sys.executable, __file__, *names], capture_output=True, encoding='utf-8', env=env, timeout=300)
     assert res.returncode==0, res.stderr
     return json.loads(res.stdout.splitlines()[-1])
 
-@pytest.mark.parametrize('name', modules())
+@pytest.mark.parametrize('name', slow_but(modules(), *last_of_rooms()))
 def test_module_alone(found, name):
     "Names and defaults of a module, the world around it, and the learner that `reid_learner` makes after it"
     alone,whole = found['alone'][name],found['whole']

@@ -9,6 +9,7 @@ from fastreid_nb.backbone.mobile import SplitBlock, MobileTrunk, efficientnet, m
 from fastreid_nb.backbone.mobile import detect_efficientnet, detect_mobilenet, detect_shufflenet
 from golden_files import close, golden_params, missing
 from golden_models import golden_array, golden_input, golden_name, golden_state
+from slow import slow_but
 
 detectors = (detect_mobilenet, detect_shufflenet, detect_efficientnet)
 mean,std = (torch.tensor(o).view(1, 3, 1, 1) for o in ((.485,.456,.406), (.229,.224,.225)))
@@ -59,7 +60,7 @@ counts = {**{(mobilenetv2,w):o for w,o in zip((1.,.75,.5,.35,.25,.1), (2.22,1.36
 channels = {mobilenetv2:lambda *_: 1280, mobilenetv3:lambda s,f='torchvision': dict(large=(960,1280), small=(576,1024))[s][f=='fastreid'],
     shufflenetv2:lambda w,_: 2048 if w==2 else 1024, efficientnet:lambda s: [1280,1280,1408,1536,1792,2048][int(s[1])]}
 
-@pytest.mark.parametrize('last_stride', [1,2])
+@pytest.mark.parametrize('last_stride', slow_but([1,2], 1))
 @pytest.mark.parametrize('key', counts, ids=lambda k: '-'.join([k[0].__name__, *map(str, k[1:])]))
 def test_sizes(key, last_stride):
     "Parameters in millions and channels as published by the reference implementation, and the size of the map"
@@ -213,7 +214,7 @@ pycls_sizes = {'b1':((2,3,3,4,4,5,2),(16,24,40,80,112,192,320),32,1280), 'b2':((
     'b3':((2,3,3,5,5,6,2),(24,32,48,96,136,232,384),40,1536), 'b4':((2,4,4,6,6,8,2),(24,32,56,112,160,272,448),48,1792),
     'b5':((3,5,5,7,7,9,3),(24,40,64,128,176,304,512),48,2048)}
 
-@pytest.mark.parametrize('size', pycls_sizes)
+@pytest.mark.parametrize('size', slow_but(pycls_sizes, 'b1'))
 def test_efficientnet_sizes_of_pycls(size):
     "Every published size has pycls' depths, widths and kernels, and its eps in fast-reid's form"
     depths,widths,stem,head = pycls_sizes[size]

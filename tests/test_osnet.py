@@ -160,7 +160,7 @@ def test_parameter_counts():
     def n(m): return sum(p.numel() for p in m.parameters())/1e6
     with torch.device('meta'):
         counts = {w:n(osnet(width=w)) for w in widths}
-        zoo = {w:round(n(osnet(width=w))+n(torchreid_fc(c)), 1) for w,c in widths.items()}
+        zoo = {w:round(counts[w]+n(torchreid_fc(c)), 1) for w,c in widths.items()}
     assert (round(counts['x1_0'], 2), round(counts['x0_25'], 2))==(1.91, 0.13)
     assert zoo=={'x1_0':2.2, 'x0_75':1.3, 'x0_5':0.6, 'x0_25':0.2}
 

@@ -13,6 +13,7 @@ from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.augment.policies import OpSpace, OpRange, augmix, autoaugment, on_bytes, ops, rand_augment, trivial_augment, warp
 from fastreid_nb.augment.policies import augmix_space, fastreid_space, imagenet_policy, rand_space, torchvision_space, trivial_space
 from fastreid_nb.data.toy import toy_reid
+from slow import slow_but
 
 sizes = [(64,32),(33,17),(12,40),(5,7),(1,1)]
 paper_mix = dict(depth=(1,3), severity=3, alpha=1)
@@ -40,7 +41,7 @@ def rng(seed=0): return np.random.default_rng(seed)
 
 @each_aug
 @pytest.mark.parametrize('size', sizes)
-@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize('dtype', slow_but([torch.uint8, torch.float32, torch.float64, torch.float16], torch.uint8, torch.float32))
 def test_shape_dtype_input_and_seed(aug, size, dtype):
     "Shape and dtype stay, the input is not touched, one seed gives one picture"
     for k,x in enumerate(pictures(*size)):
@@ -63,7 +64,7 @@ def test_not_drawn_is_untouched(aug):
     "With p=0 the very picture comes back, also a float one that is no multiple of 1/255"
     for x in (noise(16,8), torch.rand(3,16,8, generator=torch.Generator().manual_seed(0))): assert all(aug(x, rng(i), p=0) is x for i in range(20))
 
-@each_aug
+@pytest.mark.parametrize('aug', [pytest.param(v, id=k, marks=[pytest.mark.slow] if k=='augmix paper' else []) for k,v in augs.items()])
 def test_share_of_pictures(aug):
     "Among the pictures that `p=1` changes, a share `p` is changed"
     x = noise(8,4)

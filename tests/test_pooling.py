@@ -7,6 +7,7 @@ import numpy as np, pytest, torch, torch.nn.functional as F
 from fastreid_nb.pooling.parts import ABPool, AttentionPool, FlattenPool, GridGeM, row_votes, strip_borders
 from fastreid_nb.pooling.core import AvgMaxPool, GlobalAvgPool, ClipAvgPool, GeM, GlobalMaxPool, full_precision, narrow_to
 from golden_files import close, golden_files, missing
+from slow import slow_but
 
 def seeded(pool, seed=0):
     "`pool` with random weights in place of zeros"
@@ -322,7 +323,7 @@ def test_onnx_with_another_batch_size(pool):
     out, = ort.InferenceSession(file.getvalue(), providers=['CPUExecutionProvider']).run(None, dict(x=x.numpy()))
     with torch.no_grad(): torch.testing.assert_close(torch.from_numpy(out), net(x), rtol=1e-4, atol=1e-5)
 
-@pytest.mark.parametrize('pool', plain+split)
+@pytest.mark.parametrize('pool', slow_but(plain+split, GeM, attention, ABPool))
 def test_exported_graph_takes_any_batch(pool):
     pool = pool().eval()
     graph = torch.export.export(pool, (maps(2),), dynamic_shapes=({0:torch.export.Dim('batch')},)).module()
@@ -360,7 +361,7 @@ def test_sizes_from_a_saved_recipe(): assert GridGeM([4,2]).grid==(4,2) and Flat
 def test_layers_show_their_settings():
     assert 'grid=(4, 2), p=3' in repr(GridGeM()) and 'parts=3, p=3' in repr(ABPool()) and 'size=(1, 1)' in repr(FlattenPool())
 
-@pytest.mark.parametrize('amp', [False,True])
+@pytest.mark.parametrize('amp', slow_but([False,True], True))
 @pytest.mark.parametrize('make', plain+split)
 def test_one_graph(make, amp):
     "torch.compile takes the layer whole, under autocast too"

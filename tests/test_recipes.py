@@ -8,8 +8,14 @@ from fastreid_nb.recipes.cli import reid_main as main
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
 from fastreid_nb.train.resume import Resumable
+from tiny_models import thin_resnets
 
 quick = '--backbone resnet18 --weights none --epochs 1 --size 64x32 --p 4 --k 4 --workers 0'.split()
+
+@pytest.fixture(autouse=True)
+def thin():
+    "Small files and networks: what is tested here does not depend on the number of channels"
+    with thin_resnets(): yield
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):

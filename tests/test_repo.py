@@ -69,6 +69,9 @@ def contents(path):
     fns = chain(*((path/o).rglob('*') for o in ('nbs', lib)))
     return {p.relative_to(path).as_posix():p.read_bytes().replace(b'\r\n', b'\n') for p in fns if p.is_file() and p.name!='.last_checked'}
 
+# The next two are steps of .ci/run as well
+
+@pytest.mark.slow
 @pytest.mark.parametrize('cmd', ['nbdev-export', 'nbdev-clean'])
 def test_in_sync(copy, cmd):
     "Exporting and cleaning change nothing"
@@ -78,6 +81,7 @@ def test_in_sync(copy, cmd):
     after = contents(copy)
     assert [k for k in before|after if before.get(k)!=after.get(k)]==[]
 
+@pytest.mark.slow
 def test_readme_is_index(copy):
     "README.md and its pictures are what tools/make_readme.py makes of index.ipynb"
     res = subprocess.run([sys.executable, 'tools/make_readme.py', '--check'], cwd=copy, capture_output=True, text=True)

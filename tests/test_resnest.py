@@ -10,6 +10,7 @@ from fastreid_nb.backbone.weights import fill_network
 from fastreid_nb.backbone.resnest import ResNeSt, SplitBottleneck, detect_resnest, resnest
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
+from slow import slow_but
 
 depths = 50,101,200,269
 mean,std = (torch.tensor(o).view(1, 3, 1, 1) for o in ((0.485,0.456,0.406), (0.229,0.224,0.225)))
@@ -24,7 +25,7 @@ def shaken(net):
         if k.endswith('running_var'): v.uniform_(0.5, 1.5)
     return net.eval()
 
-@pytest.mark.parametrize('path', golden_params('models/ResNeSt*.keys.json'))
+@pytest.mark.parametrize('path', golden_params('models/ResNeSt*.keys.json', slow='ResNeSt'))
 def test_golden_model(path):
     if path is None: missing('models/ResNeSt*.keys.json')
     z = np.load(path.with_name(path.name.replace('.keys.json', '.npz')))
@@ -38,7 +39,7 @@ def test_golden_model(path):
     for b in net.layer4[1:]: b.conv2.conv.dilation = b.conv2.conv.padding = (1,1)
     with torch.no_grad(), pytest.raises(AssertionError): close(net((golden_input()-mean)/std).mean((2,3)), z['backbone_map_mean_hw'], rel=1e-2)
 
-@pytest.mark.parametrize('name,depth', [('resnest50d',50), ('resnest101e',101), ('resnest200e',200), ('resnest269e',269)])
+@pytest.mark.parametrize('name,depth', slow_but([('resnest50d',50), ('resnest101e',101), ('resnest200e',200), ('resnest269e',269)], 'resnest50d', 'resnest101e'))
 def test_has_timms_names(name, depth):
     timm = pytest.importorskip('timm')
     with torch.device('meta'): theirs = timm.create_model(name, num_classes=0).state_dict()
@@ -54,7 +55,7 @@ def test_equals_timm():
     x = torch.rand(2, 3, 96, 64)
     with torch.no_grad(): close(ours(x), theirs.forward_features(x))
 
-@pytest.mark.parametrize('depth', depths)
+@pytest.mark.parametrize('depth', slow_but(depths, 50))
 @pytest.mark.parametrize('last_stride', [1,2])
 def test_shapes(depth, last_stride):
     with torch.device('meta'):
@@ -150,7 +151,7 @@ def test_pretrained_is_downloaded(published, monkeypatch, tmp_path):
 
 ## Detection
 
-@pytest.mark.parametrize('depth,nl', [*((d,{}) for d in depths), (50,dict(nl=True, nl_width='one')), (101,dict(nl=True, nl_width='half'))])
+@pytest.mark.parametrize('depth,nl', slow_but([*((d,{}) for d in depths), (50,dict(nl=True, nl_width='one')), (101,dict(nl=True, nl_width='half'))], 50, 101))
 def test_detect(depth, nl):
     state = meta(depth, **nl).state_dict() | {'fc.weight':torch.zeros(3, 2048)}
     make,new = detect_resnest(state)

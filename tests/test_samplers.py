@@ -12,6 +12,7 @@ from fastreid_nb.augment.samplers import _next, add_positives, domain_shares, dr
 from fastreid_nb.augment.samplers import class_balanced_batches, cross_camera_batches, domain_batches, uniform_batches
 from fastreid_nb.data.toy import toy_reid
 from golden_files import golden_files, missing
+from slow import slow_but
 
 def rng(*seed): return np.random.default_rng(seed or 0)
 
@@ -41,7 +42,7 @@ needs_df = [cross_camera_batches, domain_batches, by_camera, with_other_cams]
 grouped = dict(pk=pk_batches, cross=cross_camera_batches, domain=domain_batches, camera=by_camera, domain_cross=with_other_cams)
 samplers = grouped | dict(balanced=class_balanced_batches, uniform=uniform_batches)
 
-def tables(n=5): return pytest.mark.parametrize('seed,kind', [(s, k) for k in kinds for s in range(n)])
+def tables(n=5, fast=2): return pytest.mark.parametrize('seed,kind', slow_but([(s, k) for k in kinds for s in range(n)], *range(fast)))
 
 def sizes(df, seed):
     "p and k for a table: any that a sampler may be asked for"
@@ -151,7 +152,7 @@ def candidates(df, row, cross):
     other,rest = same & (df.camid!=df.camid[row]) & cross,same & (df.index!=row)
     return set(np.flatnonzero(other if other.any() else rest if rest.any() else same))
 
-@tables(3)
+@tables(3, 1)
 @pytest.mark.parametrize('cross', [True,False])
 def test_positives(seed, kind, cross):
     "Only candidates, all different while there are enough, and then repeated in turn"
@@ -193,7 +194,7 @@ def test_everybody_comes_in_the_end():
     "Who is left out changes from epoch to epoch, and every picture is drawn"
     df = table(5, 'mixed')
     for f in grouped.values():
-        if f is not by_camera: assert set(np.concatenate([call(f, df, 3, 2, rng(i)).ravel() for i in range(600)]))==set(range(len(df)))
+        if f is not by_camera: assert set(np.concatenate([call(f, df, 3, 2, rng(i)).ravel() for i in range(300)]))==set(range(len(df)))
 
 @pytest.mark.parametrize('f', [cross_camera_batches, with_other_cams, by_camera])
 def test_tables_that_do_not_fit(f):
@@ -327,7 +328,7 @@ def test_class_balanced():
 
 ## Several processes
 
-@tables(3)
+@tables(3, 1)
 @pytest.mark.parametrize('name', samplers)
 @pytest.mark.parametrize('world', [1,2,3])
 def test_ranks(name, seed, kind, world):
@@ -411,7 +412,8 @@ built = dict(NaiveIdentitySampler=pk_batches, BalancedIdentitySampler=cross_came
 def measured(weighted):
     "Every (file, set of labels, sampler) that was measured on the reference"
     res = [(p, *key.split('_', 1)) for p in golden_files('data/sampler_invariants*.json') for key in json.loads(p.read_text())]
-    res = [pytest.param(*o, id='-'.join(o[1:])) for o in res if (o[2]=='ImbalancedDatasetSampler')==weighted]
+    def marks(o): return [pytest.mark.slow] if weighted and o[1]=='d' else []   # many identities, as many draws
+    res = [pytest.param(*o, id='-'.join(o[1:]), marks=marks(o)) for o in res if (o[2]=='ImbalancedDatasetSampler')==weighted]
     return res or [pytest.param(None, None, None, id='none')]
 
 def golden_case(path, labels, name):

@@ -8,7 +8,7 @@ from fastcore.nbio import mk_cell, new_nb, read_nb
 from fastreid_nb import _site
 from fastreid_nb._site import Block, LinkNotebooks, ShowSource, course, next_line, public_names, reference, sidebar
 from nbdev.process import NBProcessor
-from page_faults import page_faults
+from page_faults import Outline, page_faults, rules, wrong_next
 
 root = Path(__file__).parents[1]
 
@@ -114,8 +114,10 @@ def test_figures_have_text(path):
 ## Faults
 
 def faults(body, src='05_losses.ipynb'):
-    found = page_faults({'a.html':Page(src, f'<html><main>{body}</main></html>')})
-    return {k:v for k,v in found.items() if k not in ('wrong_next','not_in_reference') and v}
+    "What the rules find that look at one page alone"
+    page = Page(src, f'<html><main>{body}</main></html>')
+    found = {o.__name__:list(o({'a.html':page}, {src:Outline(page.html)})) for o in rules if o.__name__ not in ('wrong_next','not_in_reference')}
+    return {k:v for k,v in found.items() if v}
 
 @pytest.mark.parametrize('body,rule', [
     ('<img src="a.png">', 'no_alternative'), ('<img src="a.png" alt=" ">', 'no_alternative'),
@@ -137,7 +139,7 @@ def test_no_fault(body): assert not faults(body)
 
 def test_wrong_next():
     page = '<html><main><p><strong>Next:</strong> <a href="{}">x</a></p></main></html>'
-    def found(to): return [o for o in page_faults({'a.html':Page('00_data.ipynb', page.format(to))})['wrong_next'] if o.startswith('00_data.ipynb')]
+    def found(to): return [o for o in wrong_next({'a.html':Page('00_data.ipynb', page.format(to))}, {}) if o.startswith('00_data.ipynb')]
     assert found('06_train.ipynb')==['00_data.ipynb: Next leads to 06_train.ipynb, the sidebar to 00a_data.files.ipynb']
     assert not found('00a_data.files.ipynb')
 

@@ -1,7 +1,7 @@
 "How a network is run fastest: measured, remembered, and true to float32"
-import subprocess, sys, time
+import time
 
-import pytest, torch
+import fresh, pytest, torch
 
 from fastreid_nb.backbone.resnet import resnet18_ibn
 from fastreid_nb.heads import speed
@@ -31,9 +31,10 @@ def test_threads_stay():
     fastest('cpu')
     assert torch.get_num_threads()==n
 
-def test_not_at_import():
+def test_not_at_import(tmp_path):
     code = 'from fastreid_nb.all import *; from fastreid_nb.heads import speed; assert speed._fastest.cache_info().currsize==0'
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True)
+    new = fresh.Fresh(tmp_path/'said.txt', code)
+    assert new.wait()==0, new.text
 
 def test_fastest_model(capsys):
     model,xb = reid_model(resnet18_ibn, 5).eval(),torch.rand(4, 3, 64, 32)

@@ -20,11 +20,17 @@ from fastreid_nb.eval.inference import embed_batches
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 from fastreid_nb.heads.transreid import transreid
 from fastreid_nb.backbone.vit import vit
+from tiny_models import thin_resnets
 
 makers = dict(r18=partial(reid_model, resnet18, 5), small=partial(reid_model, resnet18, 5, head=partial(ReductionHead, n_emb=32)),
     osnet=partial(reid_model, osnet, 5), mobile=partial(reid_model, mobilenetv2, 5), mgn=partial(mgn, resnet18, 5), pcb=partial(pcb, resnet18, 5, n_parts=2),
     transreid=partial(transreid, 'deit_tiny', 5, (64,32)), haa=partial(haa, resnet18, 5, n_global=32, n_strip=16),
     vit=partial(reid_model, partial(vit, 'deit_tiny', (64,32)), 5, pool=FlattenPool))
+
+@pytest.fixture(autouse=True)
+def thin():
+    "Small networks where the number of channels does not matter"
+    with thin_resnets(): yield
 
 @pytest.mark.parametrize('name', makers)
 def test_summary(name):

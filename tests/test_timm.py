@@ -1,12 +1,12 @@
 "Networks by timm name: the map found in every shape, sizes, strides, names, and files of weights"
-import subprocess, sys
-from pathlib import Path
+import sys
 from types import SimpleNamespace
 
-import pytest, torch
+import fresh, pytest, torch
 
 timm = pytest.importorskip('timm')
 from fastreid_nb.backbone.weights import fill_network
+from slow import slow_but
 from fastreid_nb.backbone.timmnets import TimmBackbone, _as_map, check_timm_name, hrnet, timm_backbone, timm_name, timm_weights, token_grid
 
 # name: channels and map at 256×128, from each family's paper or code: stride 32 unless the design says otherwise
@@ -18,7 +18,11 @@ spread = {'resnet18':(512,8,4), 'resnest14d':(2048,8,4), 'convnext_tiny':(768,8,
           'swinv2_cr_tiny_224':(768,8,4), 'levit_128s':(384,4,2), 'maxvit_tiny_tf_224':(512,8,4), 'coatnet_nano_rw_224':(512,8,4), 'mvitv2_tiny':(768,8,4),
           'pvt_v2_b0':(256,8,4), 'twins_pcpvt_small':(512,8,4), 'davit_tiny':(768,8,4), 'hiera_tiny_224':(768,8,4)}
 
-@pytest.mark.parametrize('name', spread)
+usual = ('resnet18','resnest14d','convnext_tiny','efficientnet_b0','mobilenetv3_small_100','hrnet_w18_small','poolformer_s12','regnetx_002','repvgg_a0',
+    'vit_tiny_patch16_224','deit_tiny_distilled_patch16_224','beit_base_patch16_224','eva02_tiny_patch14_224','vit_small_patch14_reg4_dinov2',
+    'xcit_nano_12_p16_224','swin_tiny_patch4_window7_224','levit_128s')   # every form of output; the others are slow to build
+
+@pytest.mark.parametrize('name', slow_but(spread, *usual))
 def test_map_of_every_family(name):
     with torch.device('meta'):
         net = timm_backbone(name, img_size=(256,128)).eval()
@@ -27,7 +31,7 @@ def test_map_of_every_family(name):
     assert net.n_feat==y.shape[1] and net.total_stride==256//y.shape[2]
     assert len(net.mean)==len(net.std)==3
 
-@pytest.mark.parametrize('name', ['coat_tiny','pit_ti_224','nest_tiny','efficientformer_l1','convit_tiny'])
+@pytest.mark.parametrize('name', slow_but(['coat_tiny','pit_ti_224','nest_tiny','efficientformer_l1','convit_tiny'], 'pit_ti_224', 'nest_tiny', 'efficientformer_l1', 'convit_tiny'))
 def test_no_map_is_said(name):
     with torch.device('meta'), pytest.raises(ValueError, match='no feature map|cannot see'): timm_backbone(name, img_size=(256,128))
 
@@ -89,7 +93,7 @@ def test_last_stride(name, n_feat):
 def test_last_stride_that_cannot_be(name):
     with torch.device('meta'), pytest.raises(ValueError, match='output_stride'): timm_backbone(name, last_stride=1)
 
-@pytest.mark.parametrize('name', ['vit_tiny_patch16_224','swin_tiny_patch4_window7_224','mixer_s16_224','levit_128s'])
+@pytest.mark.parametrize('name', slow_but(['vit_tiny_patch16_224','swin_tiny_patch4_window7_224','mixer_s16_224','levit_128s'], 'vit_tiny_patch16_224', 'mixer_s16_224'))
 def test_fixed_sizes(name):
     "Without `img_size` the size of the weights; another is refused with both sizes; asked for, it is built (the mixer as well)"
     with torch.device('meta'):
@@ -129,12 +133,12 @@ def test_options_are_checked():
     with pytest.raises(ValueError, match="'patches', 'cls'"): timm_backbone('resnet10t', tokens='all')
     with pytest.raises(ValueError, match='width=19'): hrnet(19)
 
-def test_library_imports_without_timm():
-    "The module can be imported, and the error says what to install"
-    code = ('import sys\nsys.modules["timm"] = None\nfrom fastreid_nb.backbone.timmnets import timm_backbone, timm_name\nassert timm_name("timm/x")=="x"\n'
+def test_library_imports_without_timm(tmp_path):
+    "The library does not import timm, and where timm is needed the error says what to install"
+    code = ('import sys\nassert "fastreid_nb.all" in sys.modules and "timm" not in sys.modules\nsys.modules["timm"] = None\nfrom fastreid_nb.backbone.timmnets import timm_backbone, timm_name\nassert timm_name("timm/x")=="x"\n'
             'try: timm_backbone("resnet18")\nexcept ImportError as e: assert "pip install fastreid-nb[timm]" in str(e), e\nelse: raise SystemExit(3)')
-    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert res.returncode==0, res.stderr
+    new = fresh.Fresh(tmp_path/'said.txt', code)
+    assert new.wait()==0, new.text
 
 ## Weights
 
@@ -167,7 +171,8 @@ def test_wrong_files_are_refused(tmp_path, change):
     torch.save(state, tmp_path/'w.pth')
     with pytest.raises(ValueError, match='nothing was loaded'): timm_backbone('resnet10t', pretrained=tmp_path/'w.pth')
 
-@pytest.mark.parametrize('name', ['vit_tiny_patch16_224','swin_tiny_patch4_window7_224','convnext_atto','levit_128s','maxvit_tiny_tf_224','eva02_tiny_patch14_224'])
+@pytest.mark.parametrize('name', slow_but(['vit_tiny_patch16_224','swin_tiny_patch4_window7_224','convnext_atto','levit_128s','maxvit_tiny_tf_224','eva02_tiny_patch14_224'],
+    'vit_tiny_patch16_224', 'convnext_atto'))
 def test_file_of_another_network_is_refused(tmp_path, name):
     torch.save(timm.create_model('resnet10t').state_dict(), tmp_path/'w.pth')
     with torch.device('meta'), pytest.raises(ValueError, match='nothing was loaded|cannot convert'): timm_backbone(name, pretrained=tmp_path/'w.pth')

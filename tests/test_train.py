@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
-from tiny_models import TinyNet
+from tiny_models import TinyNet, thin_resnets
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.backbone.resnet import resnet18
@@ -18,6 +18,11 @@ from fastreid_nb.heads.speed import best_dtype
 from fastreid_nb.losses.core import ReIDLoss
 from fastreid_nb.train.core import reid_learner
 from fastreid_nb.train.checkpoint import load_reid, save_reid
+
+@pytest.fixture(autouse=True)
+def thin():
+    "Small networks where the number of channels does not matter"
+    with thin_resnets(): yield
 
 @pytest.fixture
 def learn(dls):

@@ -10,6 +10,7 @@ from fastai.callback.core import Callback, CancelFitException
 
 from fastreid_nb.all import *
 from golden_files import golden_files, missing
+from slow import slow_but
 
 sbs_loss = partial(ReIDLoss, CircleSoftmax(.35, 64, spread='others'), TripletLoss(None, on='emb'))
 recipes = dict( # base of the configuration, loss
@@ -30,8 +31,8 @@ class SameBatch(Callback):
 @pytest.fixture(scope='module')
 def dls(tmp_path_factory):
     "Loaders of 20 identities, as many as the golden head has; their images are not used"
-    data = toy_reid(tmp_path_factory.mktemp('toy'), n_ids=27, size=(128,64), progress=False)
-    return reid_dls(data, (128,64), p=4, k=2, num_workers=0, augs=[])
+    data = toy_reid(tmp_path_factory.mktemp('toy'), n_ids=27, size=(32,16), progress=False)
+    return reid_dls(data, (32,16), p=4, k=2, num_workers=0, augs=[])
 
 def the_files():
     found = golden_files('models/train*.npz'),golden_files('models/*_state_half.npz')
@@ -71,7 +72,7 @@ def errors(name, losses, feats):
     want = np.stack([z[f'{name}_steps_loss_{o}_f64'] for o in ('cls','triplet')], 1)
     return np.abs(losses-want).max(),np.abs(feats-z[f'{name}_eval_feature_after5_f64']).max()
 
-@pytest.mark.parametrize('name', variants())
+@pytest.mark.parametrize('name', slow_but(variants(), None, 'bagtricks', 'sbs_frozen')) # with and without a backbone that moves; the others take as long
 def test_five_steps(name, dls, tmp_path):
     if name is None: missing('models/train*.npz')
     losses,feats,learn = five_steps(name, dls, tmp_path, torch.float64)
@@ -82,7 +83,7 @@ def test_five_steps(name, dls, tmp_path):
     assert all(rest) and set(body)=={not name.endswith('frozen')} # no state for what is frozen
     assert all(p.requires_grad for p in learn.model.parameters())
 
-@pytest.mark.parametrize('name', [o for o in variants() if o is None or o.endswith('frozen') or o=='bagtricks'])
+@pytest.mark.parametrize('name', slow_but([o for o in variants() if o is None or o.endswith('frozen') or o=='bagtricks'], None, 'sbs_frozen'))
 def test_five_steps_in_single_precision(name, dls, tmp_path):
     if name is None: missing('models/train*.npz')
     off = errors(name, *five_steps(name, dls, tmp_path, torch.float32)[:2])

@@ -9,11 +9,12 @@ from fastreid_nb.backbone.vit import ViTAttention, ViTBlock, ViT, detect_vit, pa
 from fastreid_nb.heads.transreid import Jigsaw, deal_patches
 from golden_files import close, golden_params, missing
 from golden_models import golden_input, golden_state
+from slow import slow_but
 
 tiny = partial(ViT, dim=32, depth=2, heads=2, img_size=(64,32))
 sizes = ('base','small','deit_tiny','deit_small','deit_base')
 
-@pytest.mark.parametrize('path', golden_params('models/ViT*.keys.json'))
+@pytest.mark.parametrize('path', golden_params('models/ViT*.keys.json', slow='ViT_base'))
 def test_golden_map(path):
     if path is None: missing('models/ViT*.keys.json')
     z = np.load(path.with_name(path.name.replace('.keys.json', '.npz')))
@@ -105,7 +106,7 @@ def test_unknown_grid_has_to_be_told():
 def test_another_size_is_refused(hw):
     with pytest.raises(ValueError, match=f'64×32.*{hw[0]}×{hw[1]}'): tiny()(torch.zeros(1, 3, *hw))
 
-@pytest.mark.parametrize('size,n_feat', [('base',768), ('small',768), ('deit_tiny',192), ('deit_small',384), ('deit_base',768)])
+@pytest.mark.parametrize('size,n_feat', slow_but([('base',768), ('small',768), ('deit_tiny',192), ('deit_small',384), ('deit_base',768)], 'small', 'deit_tiny'))
 @pytest.mark.parametrize('stride', [16,12])
 def test_shapes(size, n_feat, stride):
     with torch.device('meta'):
