@@ -97,6 +97,7 @@ class RankLists:
     "Finds the nearest images of queries when asked; a copy in a file keeps only the lists found already"
     blocks:Callable=None # Positions of queries → `DistBlock`s; None where the distances are not known any more
     kept:tuple=None # All lists and their distances, (Q,k) each, once they have been asked for
+    compared:tuple=None # What was compared, if it is known: features of queries and gallery, and the distance
 
     def __getstate__(self): return dict(blocks=None, kept=self.kept)
     def __call__(self, rows, k):

@@ -266,6 +266,7 @@ def evaluate(
     metric += ', expanded'*bool(qe) + ', re-ranked'*bool(rerank)
     res = rank_dist(rows, q, g, protocol, max_rank, chunk, metric)
     res.notes += [o for o in notes if o]
+    res.source.compared = q,g,dist
     return res
 
 # %% ../../nbs/07a_eval.features.ipynb #7a179159

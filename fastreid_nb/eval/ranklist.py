@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from itertools import zip_longest
 from pathlib import Path
-from ..data.files import atomic_path, printable
+from textwrap import fill
+from PIL import Image
+from ..data.core import visible
+from ..data.files import atomic_path, check_number, printable
 from ..data.images import TableImages, to_pil
-from .core import ReIDResult
+from ..data.pairs import Pairs
+from .core import ReIDResult, _by_row, _host, _nearest, _row_ranks
 from ..train.core import ReIDLearner
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #b7a28558
-_blue,_green,_red = '#1f5fbf','#14833b','#c8281e'
+_blue,_green,_red,_grey,_dark = '#1f5fbf','#14833b','#c8281e','#767676','#444444'
 
 @patch
 def plot(self:ReIDResult,
@@ -36,20 +40,28 @@ def plot(self:ReIDResult,
     return fig
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #150bd938
-orders = dict(mixed='From the worst query to the best, by average precision', random='Random queries',
-    worst='Worst queries by average precision, worst first', best='Best queries by average precision, best first',
-    median='Queries around the median average precision, worst first')
+_orders = dict(mixed='From the worst query to the best, by {}', random='Random queries',
+    worst='Worst queries by {}, worst first', best='Best queries by {}, best first',
+    median='Queries around the median {}, worst first')
+
+def _by_column(res, order):
+    "The scored queries by a column of their table; those without a value come last"
+    column,df = order.removeprefix('-'),res.to_df()
+    if column not in df:
+        known = f'{list(_orders)}, a column of the queries, - and a column for the largest first, or a list of query rows'
+        raise ValueError(f'unknown order {order!r}: expected one of {known}')
+    down = order[0]=='-' and order not in df
+    return df[column][np.flatnonzero(res.used)].sort_values(ascending=not down, kind='stable').index.to_numpy()
 
 def pick_queries(
-    res:ReIDResult, # Scored queries
+    res:ReIDResult, # Queries
     n:int=3, # How many
-    order:str='mixed', # 'mixed' (evenly from worst to best), 'worst', 'median', 'best' or 'random'
+    order:str='mixed', # 'mixed' (evenly from worst to best), 'worst', 'median', 'best', 'random', a column or '-column'
     seed:int=0, # For 'random'
 )->np.ndarray: # Rows of the query table, at most `n`
-    "Choose `n` of the scored queries by their average precision"
-    known = f'{list(orders)}, or a list of query rows'
-    if order not in orders: raise ValueError(f'unknown order {order!r}: expected one of {known}')
+    "Choose `n` of the scored queries, by average precision or by a column"
     if n<1: raise ValueError(f'expected one query or more, got n={n}')
+    if order not in _orders: return _by_column(res, order)[:n]
     rows = np.flatnonzero(res.used)
     rows = rows[np.argsort(res.ap[rows], kind='stable')]
     n = min(n, len(rows))
@@ -59,90 +71,199 @@ def pick_queries(
     return dict(worst=rows[:n], median=rows[start:start+n], best=rows[::-1][:n])[order]
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #af91d900
+class Thumbs:
+    "Small images and captions of a table"
+    def __init__(self, df, px=256): # At most `px` high and wide
+        if 'path' not in df:
+            advice = 'give it to `evaluate` or `rank_dist` with the other columns'
+            raise ValueError(f'no column `path` in the tables of query or gallery: {advice}')
+        self.df,self.px,self.images = df,px,TableImages(df)
+        pairs = ('cam','cam_name','camid'),('track','track_name','trackid')
+        self.shown = [(word,name if name in df else code) for word,name,code in pairs if code in df]
+
+    def __call__(self, i):
+        "The image of row `i`; None where it cannot be read"
+        try: im = to_pil(self.images[i])
+        except (OSError,ValueError): return None
+        im.thumbnail((self.px,self.px))
+        return im
+
+    def text(self, column, i): return printable(self.df[column][i]).replace('\n', ' ')
+    def path(self, i): return visible(self.df.path[i])
+    def who(self, i, default=''):
+        "The user's own name for the identity of row `i`, if the table has one"
+        return _short(self.text('pid_name', i) if 'pid_name' in self.df else default)
+    def where(self, i): return [_short(f'{word} {self.text(column, i)}') for word,column in self.shown]
+
+def _short(name): return name if len(name)<11 else f'{name[:9]}…'
+
+# %% ../../nbs/07f_eval.ranklist.ipynb #5c7c82b3
+_colors = {'✓':_green, '✗':_red, '–':_grey, '':_dark}
+
 @dataclass
-class _Panel:
+class Hit:
+    "A gallery image in a ranked list"
+    j:int # Row of the gallery
+    rank:int # From 1; 0 for one that the protocol removes
+    dist:float # To the query; NaN where only `rank` or more is known
+    mark:str # ✓ right, ✗ wrong, – removed, '' where labels are not known
+
+def _mark(res, row, j):
+    if 'pid' not in res.q or 'pid' not in res.g: return ''
+    return '✓' if res.g.pid[j]==res.q.pid[row] else '✗'
+
+# %% ../../nbs/07f_eval.ranklist.ipynb #ed181098
+def _known_blocks(res, rows):
+    if res.source.blocks is not None: return res.source.blocks(np.asarray(rows, dtype=int))
+    raise ValueError('this result was read from a file, and knows the removed images no more: evaluate again')
+
+def _with_junk(res, block, k):
+    for row,d,gone in zip(block.rows, _host(block.dist), _by_row(block.gone, len(block.rows))):
+        col = _nearest(d, np.zeros(0, int), k)
+        removed = np.isin(col, gone)
+        ranks = np.where(removed, 0, (~removed).cumsum())
+        yield [Hit(j, r, d[j], '–' if r==0 else _mark(res, row, j)) for j,r in zip(col.tolist(), ranks.tolist())]
+
+def list_hits(res, rows, k, junk=False):
+    "The first `k` images of the lists of the queries `rows`, as a list of `Hit`s for each"
+    if junk: return [o for block in _known_blocks(res, rows) for o in _with_junk(res, block, k)]
+    lists = [[(j,d) for j,d in zip(*o) if j>=0] for o in zip(*(o.tolist() for o in res.lists(rows, k)))]
+    return [[Hit(j, r, d, _mark(res, row, j)) for r,(j,d) in enumerate(o, 1)] for row,o in zip(rows, lists)]
+
+# %% ../../nbs/07f_eval.ranklist.ipynb #b01032d5
+def _kept_matches(res, row, cols):
+    "Matches of a result that was read from a file: those in its lists are known, the others come after the last"
+    n = 1 if res.source.kept is None else res.source.kept[0].shape[1]   # without any, `lists` says so
+    top,dist = (o[0] for o in res.lists([row], n))
+    at = {j:i for i,j in enumerate(top.tolist()) if j>=0}
+    found = [Hit(j, at[j]+1, float(dist[at[j]]), '✓') for j in cols if j in at]
+    lost = [Hit(j, len(top)+1, np.nan, '✓') for j in cols if j not in at]
+    return lost + sorted(found, key=lambda o: -o.rank)
+
+def match_hits(res, rows, k):
+    "The `k` hardest labelled matches of each of the queries `rows`, hardest first, as `Hit`s"
+    if 'pid' not in res.q or 'pid' not in res.g: return [[] for _ in rows]
+    if res.source.blocks is None:
+        pairs = Pairs(res.q, res.g, res.protocol)
+        return [_kept_matches(res, o, pairs(np.array([o]))[0][1].tolist())[:k] for o in rows]
+    return [o[:k] for block in _known_blocks(res, rows) for o in _block_matches(block)]
+
+def _block_matches(block):
+    n = len(block.rows)
+    for d,same,gone in zip(_host(block.dist), _by_row(block.same, n), _by_row(block.gone, n)):
+        col = same[np.lexsort((same, d[same]))]
+        ranks = _row_ranks(d, same, gone) if len(same) else []
+        yield [Hit(j, int(r), float(d[j]), '✓') for j,r in zip(col.tolist(), ranks)][::-1]
+
+# %% ../../nbs/07f_eval.ranklist.ipynb #2cfc7b20
+@dataclass
+class Panel:
     "One image of the figure"
-    im:object # PIL image
+    im:object # PIL image; None where it cannot be read
     color:str # Of the frame and of the text below
     above:str # Text above
-    below:str # Text below
+    below:str # Lines of text below
+    path:str='' # Of the image
 
-def _thumb(df, i, px=256):
-    "The image of row `i`, at most `px` high and wide"
-    im = to_pil(TableImages(df.iloc[[i]])[0])
-    im.thumbnail((px,px))
-    return im
+def _number(d): return f'{d:.{2 if abs(d)<10 else 0}f}'
 
-def _who(df, i, default=''):
-    "The user's own name for the identity of row `i`, if the table has one"
-    name = printable(df.pid_name[i]).replace('\n', ' ') if 'pid_name' in df else default
-    return name if len(name)<11 else f'{name[:9]}…'
+# %% ../../nbs/07f_eval.ranklist.ipynb #3f447399
+def hit_panel(thumbs, hit):
+    "A gallery image as a panel"
+    lost = hit.dist!=hit.dist
+    above = f'>{hit.rank-1}' if lost else str(hit.rank) if hit.rank else 'junk'
+    first = f'{hit.mark} {"" if lost else _number(hit.dist)}'.strip()
+    below = '\n'.join([first, *thumbs.where(hit.j)])
+    return Panel(thumbs(hit.j), _colors[hit.mark], f'{above} {thumbs.who(hit.j)}'.rstrip(), below, thumbs.path(hit.j))
 
-# %% ../../nbs/07f_eval.ranklist.ipynb #c156b5e1
-def _hit_panel(res, row, rank, j, dist):
-    "Panel of the gallery image `j` at rank `rank` of query `row`"
-    right = res.g.pid[j]==res.q.pid[row]
-    mark,color = ('✓',_green) if right else ('✗',_red)
-    digits = 2 if abs(dist)<10 else 0
-    return _Panel(_thumb(res.g, j), color, f'{rank} {_who(res.g, j)}'.rstrip(), f'{mark} {dist:.{digits}f}')
+def query_panel(thumbs, res, row):
+    "A query as a panel"
+    score = '' if np.isnan(res.ap[row]) else f'AP {res.ap[row]:.2f}'
+    if not res.used[row]: score = 'dropped'
+    below = '\n'.join(filter(None, [score, *thumbs.where(row)]))
+    return Panel(thumbs(row), _blue, thumbs.who(row, 'query'), below, thumbs.path(row))
 
-def _panels(res, row, k):
-    "Panels of query `row` and of its `k` nearest gallery images, fewer if there are fewer"
-    score = f'AP {res.ap[row]:.2f}' if res.used[row] else 'dropped'
-    query = _Panel(_thumb(res.q, row), _blue, _who(res.q, row, 'query'), score)
-    (top,),(dists,) = res.lists([row], k)
-    found = top[top>=0]
-    return [query, *(_hit_panel(res, row, rank, *o) for rank,o in enumerate(zip(found, dists), 1))]
+# %% ../../nbs/07f_eval.ranklist.ipynb #bae340d9
+def panel_rows(res, rows, k, matches, junk, px=256):
+    "Rows of panels: each query with its list, and with `matches` a second row of its labelled matches"
+    q,g = Thumbs(res.q, px),Thumbs(res.g, px)
+    hard = match_hits(res, rows, k) if matches else [[]]*len(rows)
+    for row,hits,missed in zip(rows, list_hits(res, rows, k, junk), hard):
+        yield [query_panel(q, res, row), *(hit_panel(g, o) for o in hits)]
+        if matches: yield [_heading(res, row), *(hit_panel(g, o) for o in missed)]
+
+def _heading(res, row):
+    n = 0 if res.n_matches is None else int(res.n_matches[row])
+    return Panel(None, '', '', f'its {n} match{"es"*(n!=1)},\nhardest first' if n else 'no match')
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #b16f8d89
-def _grid(sizes, k, width):
-    "Figure and axes (rows,1+k) for images of about `sizes`, with a gap after the first column"
+def _grid(sizes, k, width, n_lines=1):
+    "Figure and axes (rows,1+k) for images of about `sizes` with `n_lines` below, and a gap after the first column"
     tall = np.clip(np.median([h/w for w,h in sizes]), .4, 2.5)
     columns = 1.08*k+1.4
     width = width or max(8, .6*columns)
-    cell,title,text = width/columns,.28,.52   # inches: an image, the title, the two lines of text
+    line = .155
+    cell,title,text = width/columns,.28,.365+line*n_lines   # inches: an image, the title, the lines of text
     height = title + len(sizes)*(cell*tall + text)
     fig = plt.figure(figsize=(width,height))
-    margins = dict(left=.01, right=.99, top=1-(title+.6*text)/height, bottom=.45*text/height)
+    margins = dict(left=.01, right=.99, top=1-(title+.31)/height, bottom=(.08+line*n_lines)/height)
     gaps = dict(wspace=.08, hspace=text/cell/tall)
     grid = fig.add_gridspec(len(sizes), k+2, width_ratios=[1,.18]+[1]*k, **margins, **gaps)
     shown = [0, *range(2,k+2)]
     return fig,[[fig.add_subplot(grid[r,c]) for c in shown] for r in range(len(sizes))]
 
-def _draw(ax, panel):
-    "One framed image with a line of text above and below; nothing where the row is shorter"
+def _draw(ax, panel, size=(1,2)):
+    "One framed image with text above and below; a grey tile of `size` for a lost one; nothing where the row is shorter"
     if panel is None: return ax.axis('off')
-    ax.imshow(panel.im)
-    ax.set(xticks=[], yticks=[])
-    for o in ax.spines.values(): o.set(color=panel.color, linewidth=2.5)
     text = dict(fontsize=8, family='DejaVu Sans', parse_math=False)   # has ✓ and ✗; a name with $ is no formula
+    ax.set(xticks=[], yticks=[])
+    if not panel.color:
+        ax.axis('off')
+        return ax.text(.5, .5, panel.below, ha='center', va='center', transform=ax.transAxes, **text|dict(fontsize=7))
+    ax.imshow(Image.new('RGB', size, '#d0d0d0') if panel.im is None else panel.im)
+    lost = fill(f'no image: {panel.path[-60:]}', 12)
+    if panel.im is None: ax.text(.5, .5, lost, ha='center', va='center', transform=ax.transAxes, **text|dict(fontsize=5))
+    for o in ax.spines.values(): o.set(color=panel.color, linewidth=2.5)
     ax.set_title(panel.above, pad=4, **text)
     ax.set_xlabel(panel.below, labelpad=4, color=panel.color, **text)
+
+# %% ../../nbs/07f_eval.ranklist.ipynb #998e092f
+def _title(order, what='average precision'):
+    if order in _orders: return _orders[order].format(what)
+    column = printable(order.removeprefix('-'))
+    return f'Queries by {column}, {"largest" if order[0]=="-" else "smallest"} first'
+
+def query_rows(res, n, order, seed=0):
+    "Rows of the queries that `order` means, and a title that says so"
+    if isinstance(order, str): return pick_queries(res, n, order, seed).tolist(), _title(order)
+    rows,last = [int(o) for o in order],len(res.q)-1
+    if not rows or not all(0<=o<=last for o in rows):
+        raise ValueError(f'query rows {rows}: expected one or more numbers from 0 to {last}')
+    return rows,'Chosen queries'
 
 # %% ../../nbs/07f_eval.ranklist.ipynb #402e4953
 @patch
 def show_ranks(self:ReIDResult,
     n:int=3, # Queries, one row each
-    order:str|list='mixed', # 'mixed' (worst to best), 'worst', 'median', 'best', 'random'; or query rows
+    order:str|list='mixed', # As in `pick_queries`: 'mixed', 'worst', 'best', a column …; or query rows
     k:int=10, # Gallery images per query
     seed:int=0, # For `order='random'`
     save:str|Path=None, # File to write the figure to as well, such as `ranked_list.png`
     width:float=None, # Inches; by default 8, or more to keep every image 0.6 wide
-)->plt.Figure: # One row of axes per query
+    matches:bool=False, # A second row for each query, with its labelled matches, hardest first?
+    junk:bool=False, # Show images that the protocol removes at their places, in grey?
+)->plt.Figure: # One row of axes per query, two with `matches`
     "Ranked lists: the query in blue, then its nearest gallery images, right in green with ✓, wrong in red with ✗"
-    if 'path' not in self.q or 'path' not in self.g:
-        advice = 'give it to `evaluate` or `rank_dist` with the other columns'
-        raise ValueError(f'no column `path` in the tables of query or gallery: {advice}')
-    named = isinstance(order, str)
-    rows = pick_queries(self, n, order, seed) if named else [int(o) for o in order]
-    last = len(self.q)-1
-    if not all(0<=o<=last for o in rows): raise ValueError(f'query rows {rows}: expected numbers from 0 to {last}')
+    rows,title = query_rows(self, n, order, seed)
+    check_number('k', k, 1, whole=True)
     k = min(k, len(self.g))
-    panels = [_panels(self, o, k) for o in rows]
-    fig,axs = _grid([o[0].im.size for o in panels], k, width)
+    panels = list(panel_rows(self, rows, k, matches, junk))
+    known = [o.im.size for row in panels for o in row if o.im] or [(1,2)]
+    n_lines = max(o.below.count('\n') for row in panels for o in row)+1
+    fig,axs = _grid((known*len(panels))[:len(panels)], k, width, n_lines)
     for axs_row,panel_row in zip(axs, panels):
-        for ax,panel in zip_longest(axs_row, panel_row): _draw(ax, panel)
-    fig.suptitle(orders[order] if named else 'Chosen queries', fontsize=10)
+        for ax,panel in zip_longest(axs_row, panel_row): _draw(ax, panel, known[0])
+    fig.suptitle(title, fontsize=min(10, 2.4*fig.get_figwidth()))
     if save:
         with atomic_path(save) as part: fig.savefig(part, dpi=150, format=Path(save).suffix[1:] or 'png')
     return fig

@@ -200,6 +200,19 @@ def result(self:_Nearest):
     weight = np.concatenate([np.ones(len(near), np.int64), self.counts[bins]])
     return dict(impostor=np.concatenate([near,far]), weight=weight, n_exact=len(near), impostor_at=at)
 
+# %% ../../nbs/07e_eval.verification.ipynb #9cfca9af
+def roc_blocks(blocks, q, g, protocol, keep=2**18, metric='given'):
+    "The `Roc` of `DistBlock`s that come in the order of the queries, of all of them"
+    genuine,at,near,n_g = [],[],_Nearest(keep),len(g)
+    for block in blocks:
+        first = int(block.rows[0])*n_g   # the number of the first pair
+        same,gone = (row*n_g+col for row,col in (block.same,block.gone))
+        genuine.append(block.dist.flatten()[same].cpu().numpy())
+        at.append(first+same)
+        near.add(block.dist, np.concatenate([same,gone]), first)
+    genuine,at = np.concatenate(genuine),np.concatenate(at)
+    return Roc(genuine, **near.result(), genuine_at=at, q=q, g=g, protocol=protocol, metric=metric)
+
 # %% ../../nbs/07e_eval.verification.ipynb #e13613f7
 def roc_dist(
     dist:torch.Tensor|Callable, # (Q,G), smaller is closer; or a function: positions of queries → rows
@@ -214,15 +227,8 @@ def roc_dist(
     check_number('keep', keep, 1, whole=True)
     pairs = Pairs(q, g, protocol)
     n_q,n_g = len(pairs.q),len(pairs.g)
-    genuine,at,near = [],[],_Nearest(keep)
-    for block in _blocks(_rows_of(dist, n_q, n_g), pairs, np.arange(n_q), chunk):
-        first = int(block.rows[0])*n_g   # the number of the first pair
-        same,gone = (row*n_g+col for row,col in (block.same,block.gone))
-        genuine.append(block.dist.flatten()[same].cpu().numpy())
-        at.append(first+same)
-        near.add(block.dist, np.concatenate([same,gone]), first)
-    genuine,at = np.concatenate(genuine),np.concatenate(at)
-    return Roc(genuine, **near.result(), genuine_at=at, q=pairs.q, g=pairs.g, protocol=pairs.protocol, metric=metric)
+    blocks = _blocks(_rows_of(dist, n_q, n_g), pairs, np.arange(n_q), chunk)
+    return roc_blocks(blocks, pairs.q, pairs.g, pairs.protocol, keep, metric)
 
 # %% ../../nbs/07e_eval.verification.ipynb #43d57709
 def evaluate_roc(
