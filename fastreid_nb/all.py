@@ -76,6 +76,12 @@ from .eval.fusion import *
 from .eval.openset import *
 from .eval.results import *
 from .eval.extract import *
+from .eval.pages import *
+from .eval.maps import *
+from .eval.confusions import *
+from .eval.suspects import *
+from .eval.quality import *
+from .eval.report import *
 from .rerank.core import *
 from .rerank.expansion import *
 from .rerank.online import *

@@ -26,6 +26,8 @@ from ..heads.speed import best_dtype
 from ..train.core import reid_learner
 from ..eval.inference import evaluate_data
 from ..eval import intervals # the method `ReIDResult.intervals`; chkstyle: ignore
+from ..eval.intervals import compare
+from ..eval.report import compare_report
 from .core import Experiment
 from .published import model_table, recipe_table
 from .run import Signals, end_workers, must_exist, read_data, run_experiment, run_folder, saved_experiment
@@ -180,7 +182,8 @@ def reid_eval(
     skip_bad:bool=False, # Leave unreadable images out instead of stopping?
     qe:bool=False, # Expand queries by their nearest images first?
     rerank:bool=False, # Re-rank by mutual neighbours?
-    out:str='reid_eval', # Folder for ranked_list.png
+    report:bool=False, # Write report.html, a page with scores, curves, lists and maps?
+    out:str='reid_eval', # Folder for ranked_list.png and report.html
 ):
     "Score a model on any images"
     check_options(locals())
@@ -192,6 +195,38 @@ def reid_eval(
     res = evaluate_data(model, data, num_workers=workers, dtype=dtype, qe=qe, rerank=rerank)
     if sure := _how_sure(res): _say('', sure)
     _leave(res, out)
+    if report: _say(f'report        {res.report(out/"report.html", model, Path(path).name)}')
+
+# %% ../../nbs/15i_recipes.cli.ipynb #28c532c5
+def _named(a, b):
+    "Short names for two checkpoints: of the files, or of their folders"
+    a,b = Path(a),Path(b)
+    for names in ((a.stem,b.stem), (a.parent.name,b.parent.name)):
+        if names[0]!=names[1] and all(names): return names
+    return 'A','B'
+
+def reid_compare(
+    checkpoint_a:str, # Of one model, as for `reid eval`
+    checkpoint_b:str, # Of another
+    path:str, # CSV file (path, pid; optional camid, split), Market-1501 folder, or identity folders
+    regex:str='', # For file names, with groups pid and camid; by default one folder per identity
+    test_frac:float=1., # Share of identities to test on when the data has no split, in (0,1]
+    seed:int=0, # Of the choice of queries
+    workers:int=None, # Processes that read images; by default one per core
+    precision:str='auto', # Of the forward pass: auto (the fastest, measured), float32 or bfloat16
+    skip_bad:bool=False, # Leave unreadable images out instead of stopping?
+    out:str='reid_compare', # Folder for compare.html
+):
+    "Say which of two models is better, and on which queries"
+    check_options(locals())
+    out,device = _writable(out),default_device()
+    models = [open_model(o).to(device) for o in (checkpoint_a,checkpoint_b)]
+    data = read_data(path, regex, test_frac, seed).check(skip_bad, progress=has_screen())
+    dtype = _precisions[precision] or best_dtype(device, training=False)
+    res = [evaluate_data(o, data, num_workers=workers, dtype=dtype) for o in models]
+    names = _named(checkpoint_a, checkpoint_b)
+    _say(data, '', f'a: {checkpoint_a}', f'b: {checkpoint_b}', '', compare(*res).round(4).to_string(), '')
+    _say(f'comparison    {compare_report(*res, out/"compare.html", names)}')
 
 # %% ../../nbs/15i_recipes.cli.ipynb #b7dc4b40
 def reid_tune(
@@ -270,8 +305,8 @@ def reid_doctor(
     return int(not report.ok)
 
 # %% ../../nbs/15i_recipes.cli.ipynb #f682605a
-reid_commands = dict(demo=reid_demo, doctor=reid_doctor, train=reid_train, eval=reid_eval, tune=reid_tune,
-    publish=reid_publish, recipes=reid_recipes, models=reid_models)
+reid_commands = dict(demo=reid_demo, doctor=reid_doctor, train=reid_train, eval=reid_eval, compare=reid_compare,
+    tune=reid_tune, publish=reid_publish, recipes=reid_recipes, models=reid_models)
 
 def _usage():
     lines = [f'  {k:8} {f.__doc__}' for k,f in reid_commands.items()]
