@@ -83,11 +83,11 @@ def _measured(model, read, cams):
 # %% ../../nbs/07s_eval.quality.ipynb #67cbe805
 def image_quality(
     df:pd.DataFrame, # A split
-    model:nn.Module=None, # For `norm` and `agreement`; without a model there are only measures of pixels
+    model:nn.Module=None, # For norm and agreement; without a model there are only measures of pixels
     preproc:Preproc=None, # How images are read; by default `model.preproc`
     bs:int=64, # Images in a batch
     n_workers:int=4, # Threads that read images
-)->pd.DataFrame: # A row each: `sharpness`, `size`, `brightness`, with a model `norm`, `agreement`; and `quality` in [0,1]
+)->pd.DataFrame: # A row each: sharpness, size, brightness, with a model norm and agreement; and `quality` in [0,1]
     "How good images are to search with, without knowing the answer"
     check_number('bs', bs, 1, whole=True)
     check_number('n_workers', n_workers, 1, whole=True)
