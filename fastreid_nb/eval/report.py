@@ -164,8 +164,11 @@ def _suspect(both, df, i, o, pics):
         cards.append(card(pics.uris[im] if im>=0 else None, side.path(row.row), above, '', below, [name,*side.where(int(row.row))], kind))
     return f'<div class=case><div class=list>{"".join(cards)}</div></div>'
 
+_most_judged = 30_000 # images; all are compared with all
+
 def _doubted(res, n=10):
     both = _both(res)
+    if len(both)>_most_judged: raise ValueError(f'{len(both):,} images are compared with one another in minutes: call find_suspects yourself')
     found,pics = find_suspects(both),Pictures(res)
     df = found.images
     worst = df[df.suspicion>0][:n]
