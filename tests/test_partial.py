@@ -1,7 +1,6 @@
 "Partial bodies: reconstruction against fast-reid's numbers and pair by pair, the foreground head, visible parts, hidden queries"
 import json
 import numpy as np, pandas as pd, pytest, torch
-from fastreid_nb.data.core import Protocol
 from fastreid_nb.data.toy import toy_camera, toy_person, toy_photo, toy_reid
 from fastreid_nb.eval.core import rank_dist, sum_dists
 from fastreid_nb.eval.features import dist_rows
@@ -9,7 +8,7 @@ from fastreid_nb.partial_dsr import core
 from fastreid_nb.partial_dsr.core import LocalFeatures, dsr_dist, fit_fusion, reconstruct, spatial_pyramid, weight_on_test_labels
 from fastreid_nb.partial_dsr.foreground import ForegroundHead
 from fastreid_nb.partial_dsr.visible import part_dist
-from golden_files import close, golden_files, golden_params, missing
+from golden_files import close, golden_params, missing
 
 def features(o, side):
     "Queries 'q' or gallery 'g' of a golden file"
