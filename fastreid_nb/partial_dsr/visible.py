@@ -18,14 +18,14 @@ from ..heads.rebuild import keep_recipe
 from ..pooling.core import full_precision
 from ..eval.features import _pair, _unit
 
-# %% ../../nbs/09b_partial_dsr.visible.ipynb #e7d38de1
+# %% ../../nbs/09b_partial_dsr.visible.ipynb #354e1fb0
 def _split_parts(x, n_parts):
     "Joined unit parts, each times its visibility, and the visibilities: (N,P*D) and (N,P)"
     parts,seen = x[:,:-n_parts],x[:,-n_parts:].clamp(0, 1)
     unit = _unit(parts.reshape(-1, parts.shape[1]//n_parts)).view(len(x), n_parts, -1)
     return (unit*seen[...,None]).flatten(1),seen
 
-# %% ../../nbs/09b_partial_dsr.visible.ipynb #09cbf44e
+# %% ../../nbs/09b_partial_dsr.visible.ipynb #47638d95
 def part_dist(
     q:torch.Tensor, # Query embeddings, (Q,P*D+P): all parts, then their visibilities in [0,1]
     g:torch.Tensor, # Gallery embeddings, (G,P*D+P)
@@ -40,7 +40,7 @@ def part_dist(
     d = (shared-q_parts@g_parts.T)/shared.clamp_min(1e-6)
     return torch.where(shared>1e-6, d.clamp(0, 2), 2.)
 
-# %% ../../nbs/09b_partial_dsr.visible.ipynb #2bb989c8
+# %% ../../nbs/09b_partial_dsr.visible.ipynb #2380bbcf
 def _spans(head):
     "Top and bottom of each part of a head, as shares of the height"
     if isinstance(head, PCBHead): return [(i/len(head.heads),(i+1)/len(head.heads)) for i in range(len(head.heads))]
@@ -60,7 +60,7 @@ def _row_shares(spans, h, like):
     inside = (torch.minimum(bottom, row+1/h)-torch.maximum(top, row)).clamp_min(0)
     return inside/inside.sum(1, keepdim=True)
 
-# %% ../../nbs/09b_partial_dsr.visible.ipynb #e15aa445
+# %% ../../nbs/09b_partial_dsr.visible.ipynb #01f7ff7b
 def _hide_rows(x, p, most=.6):
     "A copy of images (B,C,H,W) some of which are covered from below or above, and what is visible of each row (B,H)"
     B,_,H,W = x.shape
@@ -75,7 +75,7 @@ def _hide_rows(x, p, most=.6):
     wall = F.interpolate(piece, (H,W), mode='bilinear', align_corners=False)
     return torch.where(seen[:,None,:,None], x, wall),seen.to(x.dtype)
 
-# %% ../../nbs/09b_partial_dsr.visible.ipynb #aee5d11b
+# %% ../../nbs/09b_partial_dsr.visible.ipynb #16d10799
 class _VisibleParts(ReIDModel):
     "A part model with a layer that says which rows show the person"
     def __init__(self, model, hide):
@@ -97,7 +97,7 @@ class _VisibleParts(ReIDModel):
         v = logits.sigmoid()@_row_shares(self.spans, fmap.shape[2], logits).T
         return out._replace(emb=[*out.emb, v.to(out.emb[0].dtype)])
 
-# %% ../../nbs/09b_partial_dsr.visible.ipynb #ae9dc7eb
+# %% ../../nbs/09b_partial_dsr.visible.ipynb #f58f3786
 @keep_recipe
 def visible_parts(
     model:callable=pcb, # Makes a part model with `n_pids`: `pcb`, `mgn` or a partial
@@ -107,7 +107,7 @@ def visible_parts(
     "A part model that says how much of each part is visible"
     return _VisibleParts(model(n_pids=n_pids), check_number('hide', hide, 0, 1))
 
-# %% ../../nbs/09b_partial_dsr.visible.ipynb #eb2631fb
+# %% ../../nbs/09b_partial_dsr.visible.ipynb #b831cdcd
 class VisibilityLoss:
     "Cross entropy of the visible rows; a term of a loss, called after the model in training"
     name = 'visible'
