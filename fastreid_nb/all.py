@@ -86,6 +86,9 @@ from .rerank.core import *
 from .rerank.expansion import *
 from .rerank.online import *
 from .rerank.gnn import *
+from .partial_dsr.core import *
+from .partial_dsr.foreground import *
+from .partial_dsr.visible import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

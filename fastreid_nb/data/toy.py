@@ -9,8 +9,10 @@ __all__ = ['toy_person', 'draw_person', 'toy_camera', 'toy_photo', 'toy_reid']
 
 # %% ../../nbs/00e_data.toy.ipynb #a65355c1
 import colorsys, contextlib, hashlib, json, os, tempfile
+from dataclasses import replace
 from pathlib import Path
 from .core import ReIDData
+from .files import check_choice, check_number
 from .images import market_dirs
 from .readers import market1501
 
@@ -25,6 +27,8 @@ skins = [(255,224,196), (234,192,152), (198,142,100), (141,92,60), (92,58,40)]
 hairs = [(28,22,20), (70,44,26), (140,98,52), (214,178,110), (150,150,150)]
 patterns = ['plain', 'hoops', 'stripes', 'checks', 'halves', 'dots']
 
+_clothes,_black = ('upper','upper2','lower','shoes'),(26,26,30)
+
 def _rgb(h, s, v): return tuple(int(255*o) for o in colorsys.hsv_to_rgb(h, s, v))
 def _cloth(rng):
     if rng.random()<.2: return _rgb(0, 0, rng.uniform(.12,.95))
@@ -33,15 +37,17 @@ def _cloth(rng):
 # %% ../../nbs/00e_data.toy.ipynb #25b22ab2
 def toy_person(
     rng:np.random.Generator, # Source of all choices
+    dark:bool=False, # All clothes in one dark colour?
 )->dict: # What stays the same in every image of this identity
     "A random identity: build, skin, hair, clothes and bag"
     pick = lambda *o: o[rng.integers(len(o))]
-    return dict(
+    person = dict(
         height=rng.uniform(.84,1), width=rng.uniform(.8,1.25),
         skin=pick(*skins), hair=pick(*hairs), hair_style=pick('short','long','hat'), hat=_cloth(rng),
         upper=_cloth(rng), upper2=_cloth(rng), pattern=pick(*patterns), period=int(rng.integers(7,15)),
         long_sleeves=pick(True,False), lower=_cloth(rng), legs=pick('trousers','shorts','skirt'), shoes=_cloth(rng),
         bag=pick('none','backpack','shoulder','hand'), bag_color=_cloth(rng))
+    return person|dict.fromkeys(_clothes, _black) if dark else person
 
 # %% ../../nbs/00e_data.toy.ipynb #292cff07
 def _texture(p, w, h, phase):
@@ -159,6 +165,20 @@ def _occlude(im, rng):
     elif kind==1: d.rounded_rectangle((-20, h*(.62+.18*u), w+20, h+30), 24, fill=c)
     else: d.rounded_rectangle((shoulder-w*.24, h*(.1+.3*v), shoulder+w*.24, h+30), 24, fill=c)
 
+# %% ../../nbs/00e_data.toy.ipynb #50408729
+def _beside(rng): return np.random.default_rng(rng.bit_generator.seed_seq.spawn(1)[0])   # draws nothing from `rng`
+
+def _hide(im, hidden, by, rng):
+    "Hide a share of the image `im`; a cut one is returned smaller"
+    (w,h),right,c = im.size,rng.random()<.5,_rgb(rng.random(), rng.uniform(.1,.8), rng.uniform(.2,.9))
+    if by=='cut': return im.crop((0, 0, w, round(h*(1-hidden))))
+    wide = round(w*hidden)
+    box = (0, round(h*(1-hidden)), w, h) if by=='wall' else (w-wide if right else 0, 0, w if right else wide, h)
+    cover = Image.new('RGB', im.size, c)
+    if by=='stranger': draw_person(cover, toy_person(rng), rng, 236, (box[0]+box[2])/2, h*.98)
+    im.paste(cover.crop(box), box)
+    return im
+
 # %% ../../nbs/00e_data.toy.ipynb #fd8566e0
 def toy_photo(
     person:dict, # From `toy_person`
@@ -166,6 +186,8 @@ def toy_photo(
     rng:np.random.Generator, # Source of pose, position, light, obstacle and noise
     occlusion:float=.3, # Probability of an obstacle, in [0,1]
     size:tuple=(128,64), # (height, width), pixels
+    hidden:float=0., # Share of the box that is hidden, in [0,1)
+    hidden_by:str='wall', # 'wall' from below, 'side', 'stranger' at one side, or 'cut': the lower part is missing
 )->Image.Image: # RGB, of `size`
     "One image of `person` taken by `camera`"
     (h,w),place = (256,128),camera['place']
@@ -174,6 +196,7 @@ def toy_photo(
     tall,cx = 236*camera['scale']*rng.uniform(.9,1.08),w*(.5+camera['dx']+rng.uniform(-.07,.07))
     draw_person(im, person, rng, tall, cx, h*rng.uniform(.93,1))
     if rng.random()<occlusion: _occlude(im, rng)
+    if hidden: im = _hide(im, hidden, hidden_by, _beside(rng))
     blur = ImageFilter.GaussianBlur(camera['blur']*size[0]/128)
     im = im.resize(size[::-1], Image.BILINEAR).filter(blur)
     light = camera['gain']*camera['exposure']*np.exp(rng.normal(0,.12))
@@ -183,23 +206,27 @@ def toy_photo(
 # %% ../../nbs/00e_data.toy.ipynb #fd0fb97d
 _version = 1 # of the drawing, part of the folder's name
 
-def _draw_split(path, ids, cams, n_per_cam, test, kw, seed, bar):
+def _is_dark(i, share, seed): return bool(np.random.default_rng([seed,4,i]).random()<share)
+
+def _draw_split(path, ids, cams, n_per_cam, test, kw, seed, bar, dark=0., hide=None):
     for i in ids:
-        person = toy_person(np.random.default_rng([seed,0,i]))
+        person = toy_person(np.random.default_rng([seed,0,i]), _is_dark(i, dark, seed))
         for c,cam in enumerate(cams):
             for k in range(n_per_cam):
-                im = toy_photo(person, cam, np.random.default_rng([seed,2,i,c,k]), **kw)
-                part = market_dirs['train' if not test else 'query' if k==0 else 'gallery']
+                part = 'train' if not test else 'query' if k==0 else 'gallery'
+                more = hide if hide and part=='query' else {}
+                im = toy_photo(person, cam, np.random.default_rng([seed,2,i,c,k]), **kw, **more)
+                part = market_dirs[part]
                 im.save(path/part/f'{i:04d}_c{c+1}s1_{k:06d}_00.jpg', quality=92)
         next(bar)
 
-def _draw(path, n_ids, n_cams, n_per_cam, test_frac, cast, kw, seed, progress):
+def _draw(path, n_ids, n_cams, n_per_cam, test_frac, cast, kw, seed, progress, **knobs):
     for o in market_dirs.values(): (path/o).mkdir(parents=True)
     cams = [toy_camera(np.random.default_rng([seed,1,c]), cast) for c in range(n_cams)]
     n_train,ids = n_ids-round(n_ids*test_frac),range(1, n_ids+1)
     bar = iter(progress_bar(ids, leave=False) if progress else ids)
     for test,part in ((False,ids[:n_train]), (True,ids[n_train:])):
-        _draw_split(path, part, cams, n_per_cam, test, kw, seed, bar)
+        _draw_split(path, part, cams, n_per_cam, test, kw, seed, bar, **knobs)
     list(bar)
 
 def _draw_once(base, dst, args, progress):
@@ -210,6 +237,20 @@ def _draw_once(base, dst, args, progress):
     with tempfile.TemporaryDirectory(dir=base) as d:
         _draw(Path(d)/'set', **args, progress=progress)
         with contextlib.suppress(OSError): os.rename(Path(d)/'set', dst)  # another process may be first
+
+# %% ../../nbs/00e_data.toy.ipynb #5e004145
+def _knobs(hidden, hidden_by, dark):
+    "The knobs that are turned"
+    check_number('hidden', hidden, 0, .9)
+    check_number('dark', dark, 0, 1)
+    check_choice('hidden_by', hidden_by, ('wall','side','stranger','cut'))
+    hide = dict(hide=dict(hidden=hidden, hidden_by=hidden_by)) if hidden else {}
+    return hide | (dict(dark=dark) if dark else {})
+
+def _with_dark(data, share, seed):
+    "The same tables with a column that says who wears dark clothes"
+    def mark(df): return df.assign(dark=[_is_dark(int(Path(o).name[:4]), share, seed) for o in df.path])
+    return replace(data, **{k:mark(getattr(data, k)) for k in ('train','query','gallery')})
 
 # %% ../../nbs/00e_data.toy.ipynb #fcd37b85
 def toy_reid(
@@ -222,6 +263,9 @@ def toy_reid(
     cast:float=1., # How far apart the colours of cameras are; 0 makes them agree
     seed:int=0, # Of everything that is drawn
     size:tuple=(128,64), # (height, width), pixels
+    hidden:float=0., # Share of each query that is hidden, in [0,0.9]; the gallery is whole
+    hidden_by:str='wall', # How, as in `toy_photo`
+    dark:float=0., # Share of the identities that wear one dark colour, in [0,1]; the tables then have a column `dark`
     progress:bool=True, # Show a bar while drawing?
 )->ReIDData: # Read back by `market1501`
     "Drawn pedestrians in Market-1501's layout, written once and then read"
@@ -231,9 +275,10 @@ def toy_reid(
     if not 1<=round(n_ids*test_frac)<=n_ids-2:
         raise ValueError(f'test_frac {test_frac} of {n_ids} ids: expected at least 1 for testing and 2 for training')
     args = dict(n_ids=n_ids, n_cams=n_cams, n_per_cam=n_per_cam, test_frac=test_frac, cast=cast,
-        kw=dict(occlusion=occlusion, size=size), seed=seed)
+        kw=dict(occlusion=occlusion, size=size), seed=seed, **_knobs(hidden, hidden_by, dark))
     key = hashlib.sha1(json.dumps([_version,args]).encode()).hexdigest()[:8]
     base = Path(fastai_path('data') if path is None else path)
     dst = base/f'toy_reid_{n_ids}x{n_cams}x{n_per_cam}_{key}'
     if not dst.is_dir(): _draw_once(base, dst, args, progress)
-    return market1501(dst, name='toy')
+    data = market1501(dst, name='toy')
+    return _with_dark(data, dark, seed) if dark else data

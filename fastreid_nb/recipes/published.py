@@ -20,7 +20,7 @@ def recipe_names()->list: # In the order of the table
     grid = product(('bagtricks','agw','sbs','mgn'), ('r50','r50_ibn','s50','r101_ibn'), ('market1501','dukemtmc','msmt17'))
     vehicles = ['sbs_r50_ibn_veri776', 'bagtricks_r50_ibn_vehicleid', 'bagtricks_r50_ibn_veriwild']
     products = [f'retrieval_{o}' for o in ('cub200','cars196','sop','inshop')]
-    others = ['vit_market1501', 'sbs_r50_ibn_joint', 'competition_r50_ibn_market1501']
+    others = ['vit_market1501', 'sbs_r50_ibn_joint', 'competition_r50_ibn_market1501', 'partial_market']
     return [*map('_'.join, grid), *vehicles, *products, *others, 'wildlife', 'own', 'finetune', 'toy', 'toy_small']
 
 # %% ../../nbs/15c_recipes.published.ipynb #3aecca9d

@@ -38,7 +38,7 @@ def _is_class(o, room): return isinstance(o, type) and _room(o)==room
 def _is_term(o):
     "Is it called with the outputs of a model and the identities?"
     call = getattr(o, 'forward', None) or o.__call__
-    fits = isinstance(o, type) and _room(o) in ('losses','heads') and _params(call)[1:3]==['out','pid']
+    fits = isinstance(o, type) and _room(o) in ('losses','heads','partial_dsr') and _params(call)[1:3]==['out','pid']
     return fits and o not in (LossTerm,ReIDLoss)
 
 # %% ../../nbs/06k_train.names.ipynb #af3083cd
@@ -51,7 +51,7 @@ _kinds = dict(
         and not {'model','net'} & {*_params(o)},
     pool=lambda o: _is_class(o, 'pooling') and _makes(o, nn.Module),
     head=lambda o: _is_class(o, 'heads') and _begins(o, 'n_feat', 'n_pids'),
-    model=lambda o: not isinstance(o, type) and _room(o)=='heads' and _makes(o, ReIDModel) and 'n_pids' in _params(o),
+    model=lambda o: not isinstance(o, type) and _room(o) in ('heads','partial_dsr') and _makes(o, ReIDModel) and 'n_pids' in _params(o),
     term=_is_term,
     loss=lambda o: not isinstance(o, type) and _makes(o, ReIDLoss),
     opt=lambda o: _begins(o, 'params', 'lr'),
