@@ -203,7 +203,7 @@ def toy_photo(
     x = (np.asarray(im)/255*light).clip(0,1)**camera['gamma']+rng.normal(0, camera['noise'], (*size,3))
     return Image.fromarray((x.clip(0,1)*255).astype(np.uint8))
 
-# %% ../../nbs/00e_data.toy.ipynb #fd0fb97d
+# %% ../../nbs/00e_data.toy.ipynb #fda87d7d
 _version = 1 # of the drawing, part of the folder's name
 
 def _is_dark(i, share, seed): return bool(np.random.default_rng([seed,4,i]).random()<share)
@@ -229,6 +229,7 @@ def _draw(path, n_ids, n_cams, n_per_cam, test_frac, cast, kw, seed, progress, *
         _draw_split(path, part, cams, n_per_cam, test, kw, seed, bar, **knobs)
     list(bar)
 
+# %% ../../nbs/00e_data.toy.ipynb #fd0fb97d
 def _draw_once(base, dst, args, progress):
     "Draw into a temporary folder beside `dst`, which appears when it is complete"
     try: base.mkdir(parents=True, exist_ok=True)

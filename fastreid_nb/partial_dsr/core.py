@@ -218,7 +218,7 @@ def embed_maps(
     if dl.dataset.bad.any(): raise dl.dataset.error()
     return LocalFeatures(emb, store.x if file is None else np.load(file, mmap_mode='r'), df, protocol, weights)
 
-# %% ../../nbs/09_partial_dsr.ipynb #b0a92958
+# %% ../../nbs/09_partial_dsr.ipynb #b3e9486f
 def _unit_rows(maps, sizes, stride, side, at=0):
     "Unit columns of some maps as rows, (n,K,C) float32"
     x = torch.cat([F.max_pool2d(maps.float(), o, stride).flatten(2) for o in sizes], 2)
@@ -241,6 +241,7 @@ class _LocalScorer:
         n,h,w = self.maps.shape[1:]
         return max(1, 2**23//(n*h*w))
 
+# %% ../../nbs/09_partial_dsr.ipynb #b0a92958
 def _score_image(factor, i, cols, weights, queries, some=32):
     "Scores of image `i` of a block for `queries`, which are rows of `cols` (n,K,C)"
     res = []
