@@ -19,6 +19,7 @@ chapters = {
     'Part models':'A side room: models that look at stripes, patches or shoulders, and models that vote.',
     'Training':'What a model is punished for, and how its learning rate, its weights and its precision behave on the way.',
     'Evaluation':'How good a ranked list is, on images of people whom the model has never seen.',
+    'New cities':'What a new place costs a model, labels that nobody wrote, and training on them.',
     'Published weights':"Somebody else's file of weights as a model of yours.",
     'Recipes':'A run as a file, the recipes that come with the library, and the command `reid`.',
     'Look up':'Every name, every term, and what the pages leave unsaid.'}

@@ -80,6 +80,13 @@ from .rerank.core import *
 from .rerank.expansion import *
 from .rerank.online import *
 from .rerank.gnn import *
+from .crossdomain.core import *
+from .crossdomain.pseudo import *
+from .crossdomain.cluster import *
+from .crossdomain.uda import *
+from .crossdomain.systems import *
+from .crossdomain.generalise import *
+from .crossdomain.adapt import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *
