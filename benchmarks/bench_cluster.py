@@ -1,7 +1,7 @@
 """Sort 100,000 vectors of 5,000 identities, with noise, by the rule's own threshold: adjusted Rand index (bar 0.9)
 
 Also the time and memory of Jaccard distances and DBSCAN over the search for neighbours, for 12,936 vectors of width 2,048 (at most 2 times, 1 GB)."""
-import os, time
+import os
 import numpy as np, torch
 from bench_eval_market import PeakMemory, timed
 from fastreid_nb.crossdomain.pseudo import PairGraph, label_quality

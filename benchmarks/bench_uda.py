@@ -2,16 +2,15 @@
 
 Every run leaves its epochs in uda.csv beside this file; what is there is not run again. UDA=tiny runs a small size into a file of its own."""
 import csv, os, statistics as st, time
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 tiny = os.environ.get('UDA')=='tiny'
 ledger = Path(__file__).with_name('uda_tiny.csv' if tiny else 'uda.csv')
 names = 'set','source','target','system','seed','epoch','mAP','rank1','minutes'
-toy = dict(n_ids=64, train=8, adapt=4) if tiny else dict(n_ids=192, train=24, adapt=16)
+toy = dict(n_ids=36, train=6, adapt=3, n_iters=3) if tiny else dict(n_ids=192, train=24, adapt=16)
 vehicle = dict(train=4, adapt=3) if tiny else dict(train=40, adapt=20)
-size,lr = (64,32),1e-3
+size,lr = (32,16) if tiny else (64,32),1e-3
 cities = 'harbour','hill'
 systems = 'UDA','StrongUDA','MMT','SpCL','MLT'
 
@@ -61,28 +60,26 @@ def curve(learn, fit):
 
 def supervised(data, kind, seed):
     "A learner that has the labels"
-    from fastreid_nb.all import hflip, reid_dls, reid_learner, resnet18
     import torch
+    from fastreid_nb.all import hflip, reid_dls, reid_learner, resnet18
     k = 4 if kind=='toy' else 2
     dls = reid_dls(data, size if kind=='toy' else (64,64), p=16, k=k, augs=[hflip,light], num_workers=0, seed=seed)
     return reid_learner(dls, resnet18, dtype=torch.float32, seed=seed)
 
 def adaptation(model, target, source, system, kind, seed):
     "A learner that has none"
-    import torch
-    import fastreid_nb.all as lib
+    import torch, fastreid_nb.all as lib
     k,how = (4,dict(by_camera=True)) if kind=='toy' else (2,dict(by_camera=True, min_samples=2, k1=8))
     if kind!='toy' and system!='MLT': how['how'] = 'circular'
     if system=='SpCL': how.pop('how', None)
-    return lib.uda_learner(model, target, getattr(lib, system)(**how), source, p=16, k=k, augs=[lib.hflip,light], num_workers=0,
-        dtype=torch.float32, seed=seed)
+    return lib.uda_learner(model, target, getattr(lib, system)(**how), source, p=16, k=k, n_iters=toy.get('n_iters'), augs=[lib.hflip,light],
+        num_workers=0, dtype=torch.float32, seed=seed)
 
 def checkpoint(job, source): return Path(job['work'])/f'{job["key"][0]}_{source}_{job["key"][4]}.pt'
 
 def run(job):
     "One line of the plan: train on a city, or adapt a model of the other one"
-    import torch
-    import fastreid_nb.all as lib
+    import torch, fastreid_nb.all as lib
     torch.set_num_threads(1)
     kind,source,target,system,seed = job['key']
     own,other = sets_of(job)

@@ -8,14 +8,13 @@ from scipy.sparse import csr_matrix
 from sklearn.cluster import DBSCAN
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
-from fastreid_nb.crossdomain.cluster import Clusters, _joined_by, _rebuilt, cluster_features, cluster_folder
+from fastreid_nb.crossdomain.cluster import Clusters, _joined_by, _rebuilt, cluster_folder
 from fastreid_nb.crossdomain.generalise import CameraStyle, mix_style
 from fastreid_nb.crossdomain.pseudo import PairGraph, _circular, kmeans_labels, label_quality
 from fastreid_nb.crossdomain.systems import MLT, MMT, SpCL, _overlap, sinkhorn
 from fastreid_nb.crossdomain.uda import UDA, DomainNorm, StrongUDA, UDABatches, uda_learner
 from fastreid_nb.data.own import from_csv
 from fastreid_nb.data.toy import ToyCity, toy_cities, toy_camera, toy_person, toy_photo, toy_reid
-from fastreid_nb.eval.features import Features
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.rerank.core import rerank_dist
 from fastreid_nb.train.resume import Resumable

@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.adapt.html.md"""
 # %% auto #0
 __all__ = ['adapt_folder']
 
-# %% ../../nbs/10f_crossdomain.adapt.ipynb #a47324e4
+# %% ../../nbs/10f_crossdomain.adapt.ipynb #a67fd1ab
 import numpy as np, shutil
 from fastai.callback.core import Callback
 from pathlib import Path
@@ -23,7 +23,7 @@ from .cluster import _folder_df
 from .systems import MMT
 from .uda import uda_learner
 
-# %% ../../nbs/10f_crossdomain.adapt.ipynb #2a7f3e2f
+# %% ../../nbs/10f_crossdomain.adapt.ipynb #88452f08
 def _readable(model, df, num_workers):
     "The rows of `df` whose images can be read"
     dl = tolerant_dl(df, preproc_of(model, None), 128, num_workers, device_of(model))
@@ -36,7 +36,7 @@ def _as_target(df, name):
     "Crops as data that can only be adapted to"
     return ReIDData(name, df, df[:0], df[:0], 'no_camera')
 
-# %% ../../nbs/10f_crossdomain.adapt.ipynb #5877fab7
+# %% ../../nbs/10f_crossdomain.adapt.ipynb #4351e998
 def adapt_folder(
     model:ReIDModel, # Where to start: trained at another place; not changed
     folder:str|Path, # Folder or zip archive of crops

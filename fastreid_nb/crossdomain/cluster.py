@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.cluster.html.md"""
 # %% auto #0
 __all__ = ['Clusters', 'cluster_features', 'cluster_folder']
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #d010d5a9
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #3a44d796
 import html, os, re
 import numpy as np, pandas as pd, torch
 from dataclasses import dataclass, field
@@ -18,14 +18,14 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from urllib.parse import quote
 from ..data.core import visible
-from ..data.files import atomic_path, check_number
+from ..data.files import atomic_path
 from ..data.images import list_images
 from ..data.own import _read_names
 from ..eval.extract import extract
 from ..eval.features import Features
 from .pseudo import PairGraph, _in_order, _within
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #801f7615
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #e0d06d93
 def _joined_by(labels, tracks):
     "Labels in which all images of a track have one cluster; -1 is no cluster, and no track"
     n,given = labels.max(initial=-1)+1,tracks>=0
@@ -37,7 +37,7 @@ def _joined_by(labels, tracks):
     node = np.where(labels>=0, labels, tracks)
     return _in_order(np.where(node>=0, part[node], -1))
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #75da3daf
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #2fd02ac0
 def _rebuilt(pairs, frames, groups):
     "Group of each image, when `pairs` (i,j), nearest first, join groups that share no frame"
     home,seen = list(groups),{}
@@ -61,7 +61,7 @@ def _near_pairs(D, rows, same):
     order = np.argsort(d, kind='stable')
     return twins + list(zip(i[order].tolist(), j[order].tolist()))
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #2df10de0
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #4eb9f54f
 def _conflicts(labels, frames):
     "Clusters with two images of one frame"
     some = (labels>=0) & (frames>=0)
@@ -80,7 +80,7 @@ def _kept_apart(graph, labels, eps, frames, tracks):
         labels[rows] = np.where(lone, -1, labels.max()+1+new)
     return _in_order(labels)
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #8c5321cb
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #4e50ff41
 @dataclass(eq=False, repr=False)
 class Clusters:
     "Images sorted into identities"
@@ -97,7 +97,7 @@ class Clusters:
         n,lone = len(self.df),int((self.df.pid=='-1').sum())
         return '\n'.join([f'{n} images: {len(self.sizes)} identities, {lone} images in none (eps {self.eps:.3f})', *self.notes])
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #ec0dce2c
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #ec8ba7ad
 def _codes_of(df, name):
     "Column `name` as whole numbers from 0; -1 where it is empty, below 0, or not there"
     if name not in df: return np.full(len(df), -1)
@@ -119,7 +119,7 @@ def _labels(graph, df, eps, min_samples):
     if (tracks>=0).any(): labels = _joined_by(labels, tracks)
     return _kept_apart(graph, labels, eps, frames, tracks) if (frames>=0).any() else labels
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #c77d18f2
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #0f4c69fb
 def _nearest_known(graph, n_known, eps):
     "For each image after the first `n_known` the nearest of these within `eps`; -1 for none"
     D,same = _within(graph.D, eps),graph.same
@@ -149,7 +149,7 @@ def _anchored(feats, gallery, eps, min_samples, kwargs):
         names[rest] = _names(_labels(own, feats.df.iloc[rest], own._check_eps(eps), min_samples), 'new ')
     return names,eps
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #41408fb7
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #e806a343
 def cluster_features(
     feats:Features, # Of the images; columns `trackid` and `frame` of the table, if there are any, are respected
     gallery:Features=None, # Of known identities, with the same model; by default nobody is known
@@ -168,7 +168,7 @@ def cluster_features(
         names = _names(_labels(graph, feats.df, eps, min_samples))
     return Clusters(feats.df.assign(pid=names), eps)
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #1861c163
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #9c16244c
 @patch
 def to_csv(self:Clusters,
     path:str|Path, # File to write; paths of images are relative to its folder
@@ -180,7 +180,7 @@ def to_csv(self:Clusters,
     with atomic_path(path) as part: plain.assign(path=paths).to_csv(part, index=False, errors='surrogateescape')
     return Path(path)
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #8bba5c96
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #57cf51a2
 _style = '''body{font:15px sans-serif;margin:2em}details{margin:.6em 0}summary{cursor:pointer}
 img{height:128px;margin:3px;background:#ddd}'''
 
@@ -196,7 +196,7 @@ def _section(name, paths, base, most, is_open):
     title = html.escape(visible(name))
     return f'<details{" open"*is_open}><summary><b>{title}</b>, {len(paths)} images</summary>{shown}{more}</details>'
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #cd44e02c
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #583109f6
 @patch
 def to_html(self:Clusters,
     path:str|Path, # File to write; images are linked from where they are
@@ -213,7 +213,7 @@ def to_html(self:Clusters,
     with atomic_path(path) as part: part.write_text('\n'.join([head, f'<p>{said}</p>', *parts]), encoding='utf-8')
     return Path(path)
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #5f95ebe7
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #ca745ada
 def _folder_df(folder, regex, what):
     "The images below a folder as a table; nobody is known"
     names = list_images(Path(folder))
@@ -231,7 +231,7 @@ def _known_df(folder):
     if not who or len(who)<len(names): raise ValueError(f'{folder}: expected a folder for each known identity, and images in them only')
     return pd.DataFrame(dict(path=[os.path.join(folder, o) for o in names], pid=pd.factorize(np.array(who))[0], camid=0, pid_name=who))
 
-# %% ../../nbs/10b_crossdomain.cluster.ipynb #6bdd3b34
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #1708b584
 def cluster_folder(
     model:nn.Module, # (B,3,H,W) → (B,D) in evaluation mode, with a `preproc`; any `ReIDModel`
     folder:str|Path, # Folder or zip archive of crops

@@ -7,14 +7,14 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.html.md"""
 # %% auto #0
 __all__ = ['channel_moments', 'match_channels']
 
-# %% ../../nbs/10_crossdomain.ipynb #26f10484
+# %% ../../nbs/10_crossdomain.ipynb #f2428c1b
 import numpy as np, pandas as pd, torch
 from copy import deepcopy
 from dataclasses import replace
 from torch import nn
 from ..data.images import TableImages
 
-# %% ../../nbs/10_crossdomain.ipynb #e389eb50
+# %% ../../nbs/10_crossdomain.ipynb #e1f100aa
 def channel_moments(
     df:pd.DataFrame, # A split
     n:int=500, # Images that are looked at, at most

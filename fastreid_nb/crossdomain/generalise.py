@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.generalise.html.md""
 # %% auto #0
 __all__ = ['MixStyle', 'CameraStyle', 'adapt_bn', 'leave_one_out']
 
-# %% ../../nbs/10e_crossdomain.generalise.ipynb #32808d6b
+# %% ../../nbs/10e_crossdomain.generalise.ipynb #c81250f1
 import numpy as np, pandas as pd, torch
 from collections.abc import Callable
 from copy import deepcopy
@@ -23,7 +23,7 @@ from ..augment.loaders import plain_dl
 from ..train.averages import batch_norms, precise_bn
 from ..eval.inference import device_of, evaluate_data, preproc_of
 
-# %% ../../nbs/10e_crossdomain.generalise.ipynb #d603fc74
+# %% ../../nbs/10e_crossdomain.generalise.ipynb #e8931c5c
 def mix_style(x, other, lam, eps=1e-6):
     "Feature maps (B,C,h,w) with channel statistics mixed with those of the images `other`; `lam` is their own share"
     flat = x.detach().float()
@@ -31,7 +31,7 @@ def mix_style(x, other, lam, eps=1e-6):
     new_mean,new_std = (lam*o+(1-lam)*o[other] for o in (mean,std))
     return ((x-mean)/std*new_std+new_mean).to(x.dtype)
 
-# %% ../../nbs/10e_crossdomain.generalise.ipynb #6a684665
+# %% ../../nbs/10e_crossdomain.generalise.ipynb #6cb8e3df
 class MixStyle(Callback):
     "In training, mix the channel statistics of feature maps between images"
     run_valid = False
@@ -63,14 +63,14 @@ class MixStyle(Callback):
         for o in self.hooks: o.remove()
         self.hooks = []
 
-# %% ../../nbs/10e_crossdomain.generalise.ipynb #4db0e730
+# %% ../../nbs/10e_crossdomain.generalise.ipynb #1626d8b4
 def _channel_stats(df):
     "Mean and standard deviation of the channels of each image, (N,3) each, of 0 to 255"
     images = TableImages(df.reset_index(drop=True))
     found = [torch.as_tensor(images[i]).float().flatten(1) for i in range(len(images))]
     return np.stack([o.mean(1) for o in found]),np.stack([o.std(1) for o in found])
 
-# %% ../../nbs/10e_crossdomain.generalise.ipynb #8d302f52
+# %% ../../nbs/10e_crossdomain.generalise.ipynb #0296283d
 class CameraStyle:
     "Augmentation that gives an image the channel statistics of a random camera"
     def __init__(self,
@@ -96,7 +96,7 @@ class CameraStyle:
         mean,std = y.mean((1,2), keepdim=True),y.std((1,2), keepdim=True).clamp_min(1)
         return ((y-mean)/std*self.std[cam]+self.mean[cam]).clamp(0, 255).to(x.dtype)
 
-# %% ../../nbs/10e_crossdomain.generalise.ipynb #70fc2bab
+# %% ../../nbs/10e_crossdomain.generalise.ipynb #2a619d11
 def adapt_bn(
     model:nn.Module, # Model with BatchNorm; not changed
     df:pd.DataFrame, # Images of the place where it is used; their labels are not used
@@ -117,7 +117,7 @@ def adapt_bn(
         for k in ('running_mean','running_var'): getattr(a, k).lerp_(getattr(b, k), 1-share)
     return new
 
-# %% ../../nbs/10e_crossdomain.generalise.ipynb #4e542f47
+# %% ../../nbs/10e_crossdomain.generalise.ipynb #cddedcd6
 def leave_one_out(
     sets:list, # `ReIDData` of different names, two or more
     fit:Callable, # Joined `ReIDData` → trained model

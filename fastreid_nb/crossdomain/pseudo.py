@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.pseudo.html.md"""
 # %% auto #0
 __all__ = ['PairGraph', 'kmeans_labels', 'label_quality']
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #9f1a5b8c
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #5d44d7f7
 import numpy as np, pandas as pd, torch, warnings
 from fastcore.basics import patch
 from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ from ..eval.features import _as_tensor, _unit, cosine_dist
 from ..eval.neighbours import Neighbours
 from ..rerank.core import _Graph, _half, _mean_rows, _overlaps, _sets, _squared, _weights
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #ffab6a7c
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #f80b621f
 def _neighbourhoods(nn, x, k1, k2):
     "Weights of the k-reciprocal neighbourhoods of all rows of `x`, sparse (N,N), as re-ranking has them"
     idx,d,farthest = nn.with_farthest(x, k1+1)
@@ -40,7 +40,7 @@ def _jaccard_pairs(V, most):
     indptr = np.cumsum([0,*map(len, cols)])
     return csr_matrix((np.concatenate(dists),np.concatenate(cols),indptr), shape=V.shape)
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #88dbbba9
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #003bdc41
 def _cosine_pairs(nn, x, k1):
     "Cosine distances to the nearest `k1` rows, in both directions, sparse (N,N)"
     idx,d = (o.cpu().numpy() for o in nn(x, k1+1))
@@ -64,7 +64,7 @@ def _centred(x, camids):
     total = x.new_zeros(int(cam.max())+1, x.shape[1]).index_add_(0, cam, x)
     return x-(total/cam.bincount()[:,None])[cam]
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #3621dfdc
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #8836ddff
 class PairGraph:
     "Distances of near pairs of images, as a sparse matrix; pairs that it does not hold are far"
     def __init__(self,
@@ -95,7 +95,7 @@ class PairGraph:
     def __len__(self): return len(self.same)
     def __repr__(self): return f'PairGraph of {len(self)} images, {self.D.nnz/len(self):.0f} near ones each by {self.dist} distance'
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #9d60c482
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #1b656d96
 def _within(D, eps):
     "The distances up to `eps`"
     keep = D.data<=eps
@@ -122,7 +122,7 @@ def _in_order(labels):
     res[labels>=0] = pd.factorize(labels[labels>=0])[0]
     return res
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #f0fb5498
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #64c7e5a0
 @patch
 def dbscan(self:PairGraph,
     eps:float=None, # Threshold, above 0 and below 1 (2 for 'cosine'); by default `find_eps`
@@ -139,7 +139,7 @@ def _check_eps(self:PairGraph, eps):
     if 0<eps<=top: return eps
     raise ValueError(f'eps={eps}: expected a {self.dist} distance above 0, at most {top}; find_eps() gives one')
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #fbc82f5b
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #96c2464d
 @patch
 def silhouette(self:PairGraph,
     labels:np.ndarray, # (N,) from 0; -1 is noise
@@ -168,7 +168,7 @@ def _silhouette(near, size, own, far, copies):
     scores = np.where(size[own]>1, (b-a)/np.maximum(np.maximum(a, b), 1e-12), 0)
     return float(scores.mean())
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #8000c75e
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #77a7b7d0
 @patch
 def sweep(self:PairGraph,
     min_samples:int=4, # As in `dbscan`
@@ -187,7 +187,7 @@ def _try(self:PairGraph, eps, min_samples):
     return dict(eps=float(eps), clusters=len(sizes), noise=(labels<0).mean(), largest=sizes.max(initial=0)/len(labels),
         silhouette=self.silhouette(labels))
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #847dffea
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #0428b13e
 @patch
 def find_eps(self:PairGraph,
     min_samples:int=4, # As in `dbscan`
@@ -214,7 +214,7 @@ def plot_sweep(self:PairGraph,
     ax.legend(fontsize=8)
     return ax
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #be055f08
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #f0c49d87
 def _circular(D, most):
     "Labels of the trees of nearest images within `most`; -1 for an image that nobody points at and that points at nobody"
     size = np.diff(D.indptr)
@@ -228,7 +228,7 @@ def _circular(D, most):
     alone = np.bincount(labels)[labels]==1
     return _in_order(np.where(alone, -1, labels))
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #bb26c913
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #3cb42044
 @patch
 def circular(self:PairGraph,
     eps:float=None, # Threshold, as in `dbscan`; by default `find_eps` for pairs
@@ -240,7 +240,7 @@ def circular(self:PairGraph,
     labels[copies] = labels.max(initial=-1)+1+np.arange(copies.sum())
     return labels[self.same]
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #707d847f
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #8ddc3ca2
 def _bridged(D, n_next):
     "`D` in which every row is also joined to the `n_next` rows after it, at the distance 1 where it knew none"
     row,step = np.arange(D.shape[0]).repeat(n_next),np.tile(1+np.arange(n_next), D.shape[0])
@@ -248,7 +248,7 @@ def _bridged(D, n_next):
     ring = ring.maximum(ring.T)
     return (D+ring-ring.multiply(D>0)).tocsr()
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #2017e2b5
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #189e2369
 @patch
 def hdbscan(self:PairGraph,
     min_size:int=4, # Images of the smallest cluster, 2 or more
@@ -262,7 +262,7 @@ def hdbscan(self:PairGraph,
         found = HDBSCAN(min_cluster_size=min_size, metric='precomputed').fit(_bridged(self.D, min_size))
     return _in_order(found.labels_)[self.same]
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #72ac331b
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #95f0c027
 def kmeans_labels(
     feats:torch.Tensor, # (N,D); or `Features`
     k:int, # Clusters, at most N
@@ -282,7 +282,7 @@ def _sk_means(x, k, seed):
     from sklearn.cluster import KMeans
     return KMeans(k, n_init=1, random_state=seed, max_iter=20).fit_predict(x)
 
-# %% ../../nbs/10a_crossdomain.pseudo.ipynb #0ca51996
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #74f0daa4
 def label_quality(
     labels:np.ndarray, # (N,) cluster of each image; -1 is noise, or an image alone
     pids:np.ndarray, # (N,) true identities

@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.systems.html.md"""
 # %% auto #0
 __all__ = ['MMT', 'SpCL', 'sinkhorn', 'MLT']
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #9a6748d1
+# %% ../../nbs/10d_crossdomain.systems.ipynb #6cd13899
 import numpy as np, torch
 from copy import deepcopy
 from fastcore.basics import patch
@@ -24,7 +24,7 @@ from ..eval.features import _unit
 from .pseudo import PairGraph, kmeans_labels
 from .uda import StrongUDA, UDA, _class_means, domain_norms, without_classes
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #c21932a6
+# %% ../../nbs/10d_crossdomain.systems.ipynb #734edc17
 class MeanTeacherUDA(StrongUDA):
     "Keeps a mean teacher, which is clustered and scored and stays at the end"
     decay = .999
@@ -55,7 +55,7 @@ class MeanTeacherUDA(StrongUDA):
         self.n_steps += 1
         move_to(*self.pair, 1-min(self.decay, 1-1/(self.n_steps+1)))
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #54cfa288
+# %% ../../nbs/10d_crossdomain.systems.ipynb #e95dc7de
 @patch
 def _start_from(self:MeanTeacherUDA, teacher):
     "Give the mean teacher other weights than the student's"
@@ -72,12 +72,15 @@ def _show(self:MeanTeacherUDA, teacher):
     swap(*self.pair)
     self.swapped = teacher
 
+# %% ../../nbs/10d_crossdomain.systems.ipynb #55da2013
 @patch
 def before_validate(self:MeanTeacherUDA): self._show(True)
 @patch
 def after_validate(self:MeanTeacherUDA): self._show(False)
 @patch
 def after_cancel_validate(self:MeanTeacherUDA): self._show(False)
+
+# %% ../../nbs/10d_crossdomain.systems.ipynb #2173adfb
 @patch
 def after_fit(self:MeanTeacherUDA):
     self._show(True)
@@ -90,7 +93,7 @@ def undo(self:MeanTeacherUDA):
     if 'swapped' in vars(self): self._show(False)
     super(MeanTeacherUDA, self).undo()
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #b39da765
+# %% ../../nbs/10d_crossdomain.systems.ipynb #1c516d42
 @patch
 def state_dict(self:MeanTeacherUDA):
     mean = None if self.teacher is None else [o.cpu() for o in tensors_of(self.teacher)]
@@ -102,7 +105,7 @@ def load_state_dict(self:MeanTeacherUDA, state):
     self.n_steps = state['n_steps']
     for a,b in zip(self.pair[0], state['mean']): a.copy_(b)
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #d7e789f9
+# %% ../../nbs/10d_crossdomain.systems.ipynb #c24ef560
 def soft_cross_entropy(logits, probs):
     "Cross entropy with probabilities as labels"
     return -(probs*logits.log_softmax(1)).sum(1).mean()
@@ -115,14 +118,14 @@ def soft_triplet(x, pos, neg, sure):
     "The soft triplet loss; `sure` in (0,1) is what the teacher says"
     return nn.functional.binary_cross_entropy_with_logits(order_logit(x, pos, neg), sure)
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #3dc84194
+# %% ../../nbs/10d_crossdomain.systems.ipynb #9bac6538
 class Students(Ensemble):
     "Two models in training; the second sees mirror images"
     def outputs(self, x, camid=None):
         views = x,x.flip(3)
         return ReIDOut(*map(_even, zip(*[m.outputs(v, camid) for m,v in zip(self.models, views)])))
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #3b9c4290
+# %% ../../nbs/10d_crossdomain.systems.ipynb #725821d8
 class MMT(MeanTeacherUDA):
     "Mutual mean-teaching: two students learn from clusters and from the mean teacher of the other; needs no source"
     uses_source,split,many = False,False,True
@@ -142,7 +145,7 @@ class MMT(MeanTeacherUDA):
         pairs = [self._one(i, out, said, pid) for i in (0,1)]
         return {k:pairs[0][k]+pairs[1][k] for k in pairs[0]}
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #11f7c390
+# %% ../../nbs/10d_crossdomain.systems.ipynb #f131d908
 def _cosines(memory, x):
     vecs = memory.memory.vecs.clone()   # they move before the backward pass
     return nn.functional.normalize(x)@vecs.T/memory.temperature
@@ -159,7 +162,7 @@ def _one(self:MMT, i, out, said, pid):
     return dict(ce=(1-self.soft_ce)*smooth_cross_entropy(logits, pid, 0.), soft_ce=self.soft_ce*soft_cross_entropy(logits, probs),
         triplet=(1-self.soft_tri)*batch_hard_triplet(feat, pid), soft_triplet=self.soft_tri*soft_triplet(feat, pos, neg, sure))
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #27925951
+# %% ../../nbs/10d_crossdomain.systems.ipynb #3d18ae44
 def _overlap(a, b):
     "Intersection over union of the cluster of each image in `a` and in `b`; an image in no cluster is one of its own"
     a,b = (np.where(o>=0, o, len(o)+np.arange(len(o))) for o in (a,b))
@@ -178,7 +181,7 @@ def _trusted(labels, tight, loose, least=None):
     keep[some] = (best[0][labels[some]]>=least) & (compact[some]>=best[1][labels[some]])
     return np.where(keep, labels, -1),float(least)
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #f5086a41
+# %% ../../nbs/10d_crossdomain.systems.ipynb #a37aa872
 class SpCL(StrongUDA):
     "Self-paced contrastive learning: one memory of source classes, clusters and single images"
     gap = .02   # between the three thresholds
@@ -202,7 +205,7 @@ class SpCL(StrongUDA):
         alone = labels<0
         return np.where(alone, labels.max(initial=-1)+1+alone.cumsum()-1, labels)
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #fa94e261
+# %% ../../nbs/10d_crossdomain.systems.ipynb #415df383
 @patch
 def remember(self:SpCL, feats, labels):
     doms = self.dls.domains
@@ -232,7 +235,7 @@ def terms(self:SpCL, out, row):
     self.memory.move(emb, self.slots[row])
     return dict(contrast=loss)
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #086a6bde
+# %% ../../nbs/10d_crossdomain.systems.ipynb #e930bf33
 @patch
 def state_dict(self:SpCL):
     vecs = None if self.memory is None else self.memory.vecs.cpu()
@@ -245,7 +248,7 @@ def load_state_dict(self:SpCL, state):
     if state['vecs'] is None: return
     self.memory,self.slots = self._memory(state['vecs']),state['slots'].to(self.dls.device)
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #91136f6c
+# %% ../../nbs/10d_crossdomain.systems.ipynb #9a2ac2bd
 def column_gains(scores, n_iters=30):
     "Logarithms of the factors of the columns, (K,), for `scores` = λ log P, (N,K)"
     n,k = scores.shape
@@ -255,7 +258,7 @@ def column_gains(scores, n_iters=30):
         gains = -(scores+rows[:,None]).logsumexp(0)-np.log(k)
     return gains
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #33a1a6b0
+# %% ../../nbs/10d_crossdomain.systems.ipynb #beb6e40d
 def sinkhorn(
     scores:torch.Tensor, # λ log P of N images for K clusters, (N,K)
     n_iters:int=30, # Iterations
@@ -264,7 +267,7 @@ def sinkhorn(
     check_number('n_iters', n_iters, 1, whole=True)
     return (scores+column_gains(scores, n_iters)).softmax(1)/len(scores)
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #d728fe5b
+# %% ../../nbs/10d_crossdomain.systems.ipynb #0673ad63
 class MLT(MeanTeacherUDA):
     "Mixture label transport: k-means at several granularities, labels refined by a balanced plan of the teacher's predictions"
     sharp,n_queue,refine_every,many = 25,8192,10,True
@@ -287,7 +290,7 @@ class MLT(MeanTeacherUDA):
         self.grains = torch.stack([torch.as_tensor(kmeans_labels(feats, k)) for k in ks]).to(self.dls.device)
         return self.grains[len(ks)//2].cpu().numpy()
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #62e478dc
+# %% ../../nbs/10d_crossdomain.systems.ipynb #1691bf42
 @patch
 def remember(self:MLT, feats, labels):
     n = self.dls.domains.n_classes
@@ -319,7 +322,7 @@ def refined(self:MLT,
     plan = (self._scores(x, g)+self.gains[g]).softmax(1)
     return (1-self.refine)*hard+self.refine*plan
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #bfe88bda
+# %% ../../nbs/10d_crossdomain.systems.ipynb #81b38904
 @patch
 def _refresh(self:MLT, x, at):
     "Put the batch into the queue, and now and then balance the clusters anew"
@@ -338,6 +341,7 @@ def terms(self:MLT, out, row):
     parts = [self._grain(g, emb, pid, taught[n_first:], at, n_first, n) for g in range(len(self.grains))]
     return dict(triplet=batch_hard_triplet(full_precision(out.feat), pid), ce=torch.stack(parts).mean())
 
+# %% ../../nbs/10d_crossdomain.systems.ipynb #ed6c03a0
 @patch
 def _grain(self:MLT, g, emb, pid, taught, at, n_first, n):
     "Classification of source and target by the classifier of one granularity"
@@ -348,7 +352,7 @@ def _grain(self:MLT, g, emb, pid, taught, at, n_first, n):
     memory.memory.move(emb, torch.cat([pid[:n_first],mine.argmax(1)]))
     return loss
 
-# %% ../../nbs/10d_crossdomain.systems.ipynb #d6369afb
+# %% ../../nbs/10d_crossdomain.systems.ipynb #fa35fa2c
 @patch
 def state_dict(self:MLT):
     queue = None if self.queue is None else dict(self.queue.named_buffers())

@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.uda.html.md"""
 # %% auto #0
 __all__ = ['DomainNorm', 'UDA', 'uda_learner', 'StrongUDA']
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #4f3d532e
+# %% ../../nbs/10c_crossdomain.uda.ipynb #4e3d9c48
 import numpy as np, pandas as pd, torch
 from contextlib import contextmanager
 from copy import deepcopy
@@ -33,7 +33,7 @@ from ..eval.features import _unit
 from ..eval.score import ScoreReID
 from .pseudo import PairGraph
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #2cea0548
+# %% ../../nbs/10c_crossdomain.uda.ipynb #97f0bea7
 @dataclass
 class Domains:
     "Which rows of a training table are the source's, and who is in these"
@@ -57,6 +57,7 @@ def _check_apart(source, target):
     if both and 'image' not in target.train: raise ValueError(f'{len(both)} training images of {target.name!r} are also in '
         f'{source.name!r}, such as {sorted(both)[0]}: expected a target without images of the source')
 
+# %% ../../nbs/10c_crossdomain.uda.ipynb #4d095b05
 def _domains(source, target):
     "Who is who in the joined table of two data sets; `source` may be None"
     if len(target.train)<4: raise ValueError(f'{len(target.train)} training images in {target.name!r}: expected four or more')
@@ -65,7 +66,7 @@ def _domains(source, target):
     table = pd.concat([_plain_rows(source, 0),new], ignore_index=True)
     return Domains(pd.factorize(source.train.pid, sort=True)[0], table.assign(pid=np.arange(len(table))))
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #c2fbac56
+# %% ../../nbs/10c_crossdomain.uda.ipynb #8ebdbf2d
 class UDABatches:
     "An epoch of `n` batches from `labels`: first identities of the source, then clusters of the target"
     def __init__(self, n, p_source=0, n_source=0):
@@ -87,7 +88,7 @@ class UDABatches:
         plan = np.concatenate(parts)[:self.n]
         return rows[plan[:,np.arange(p*k)%(few*k)]]
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #1ebd1264
+# %% ../../nbs/10c_crossdomain.uda.ipynb #e5848a4f
 class DomainNorm(nn.Module):
     "Two copies of a batch normalisation, one for the first `n_source` rows of a training batch and one for the others"
     n_source,on_source = 0,False
@@ -104,7 +105,7 @@ class DomainNorm(nn.Module):
         n = self.n_source
         return torch.cat([self.source(x[:n]),self.target(x[n:])]) if n else self.target(x)
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #3349a3d8
+# %% ../../nbs/10c_crossdomain.uda.ipynb #2ab0920e
 def _swap_norms(model, kind, make):
     "Replace every layer of a kind in `model` by what `make` gives for it"
     for name,old in [(k,o) for k,o in model.named_modules() if isinstance(o, kind)]:
@@ -115,6 +116,7 @@ def _swap_norms(model, kind, make):
 def split_norms(model): return _swap_norms(model, _BatchNorm, DomainNorm)
 def merged_norms(model): return _swap_norms(model, DomainNorm, lambda o: o.target)
 
+# %% ../../nbs/10c_crossdomain.uda.ipynb #a364f152
 def domain_norms(model): return [o for o in model.modules() if isinstance(o, DomainNorm)]
 
 @contextmanager
@@ -137,7 +139,7 @@ def without_classes(model):
     new.pids,new.recipe = [],recipe
     return new
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #792fb16b
+# %% ../../nbs/10c_crossdomain.uda.ipynb #f22905ac
 class UDALoss:
     "What a system says of a batch, as a loss: the weighted sum of its terms"
     def __init__(self, system): self.system,self.parts = system,{}
@@ -151,7 +153,7 @@ def _not_enough(labels, n):
     advice = 'a start that knows more of the task, more images, or another eps or min_samples'
     return ValueError(f'{found}: expected two or more; try {advice}')
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #e97d10db
+# %% ../../nbs/10c_crossdomain.uda.ipynb #35588553
 class UDA(Callback):
     "Before an epoch cluster the target's images, in the epoch train on the clusters by triplets"
     order,run_valid,uses_source,split,teacher = -30,False,False,False,None
@@ -192,7 +194,7 @@ class UDA(Callback):
 
     def after_fit(self): self.undo()
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #171bb2fd
+# %% ../../nbs/10c_crossdomain.uda.ipynb #fa2e9fff
 @patch
 def features(self:UDA,
     source:bool=False, # Of the source's images instead of the target's?
@@ -225,7 +227,7 @@ def relabel(self:UDA):
     self.remember(feats, used)
     if self.folder: self._write(labels)
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #5e3fd221
+# %% ../../nbs/10c_crossdomain.uda.ipynb #2177f643
 @patch
 def _use(self:UDA, labels):
     "Labels of all rows, for the sampler and for the loss"
@@ -238,12 +240,14 @@ def _write(self:UDA, labels):
     df = pd.DataFrame(dict(path=self.dls.domains.part(False).path.to_numpy(), pid=labels))
     with atomic_path(Path(self.folder)/f'labels_{self.epoch:03d}.csv') as part: df.to_csv(part, index=False)
 
+# %% ../../nbs/10c_crossdomain.uda.ipynb #332021c6
 @patch
 def classes(self:UDA, labels): return labels   # what is trained on; -1 is left out
 
 @patch
 def remember(self:UDA, feats, labels): "What a system keeps of a clustering, besides the labels"
 
+# %% ../../nbs/10c_crossdomain.uda.ipynb #fa28e8e8
 @patch
 def state_dict(self:UDA): return dict(labelled=self.labelled, labels=None if self.labels is None else self.labels.cpu())
 
@@ -253,7 +257,7 @@ def load_state_dict(self:UDA, state):
     self.labelled = state['labelled']
     if state['labels'] is not None: self._use(state['labels'].numpy())
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #386680a2
+# %% ../../nbs/10c_crossdomain.uda.ipynb #d183044d
 def _scored(target):
     "Query and gallery of the target; where there is no test, an image that nobody scores"
     if len(target.query): return target.query,target.gallery,True
@@ -272,7 +276,7 @@ def _uda_dls(target, source, preproc, p, k, n_iters, **kwargs):
     dls.pids,dls.domains = [],doms
     return dls,tested
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #4adabf35
+# %% ../../nbs/10c_crossdomain.uda.ipynb #6d75def9
 def uda_learner(
     model:ReIDModel, # Where to start, usually trained on the source; not changed. `MMT` takes a list of two as well
     target:ReIDData, # Its training images are adapted to, without labels; query and gallery are only reported on
@@ -305,7 +309,7 @@ def adapted(self:ReIDLearner)->nn.Module: # On the CPU, in evaluation mode
     net = self.model.models[0] if hasattr(self.model, 'models') else self.model
     return merged_norms(deepcopy(net)).cpu().eval()
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #4bbe1fa6
+# %% ../../nbs/10c_crossdomain.uda.ipynb #38cf1b0c
 class StrongUDA(UDA):
     "Train on source and clusters together: centroid classification and triplets, a norm for each domain"
     uses_source,split = True,True
@@ -335,7 +339,7 @@ class StrongUDA(UDA):
         memories = [self._memory(o) for o in state['vecs']]
         if memories: self.memory = memories if self.many else memories[0]
 
-# %% ../../nbs/10c_crossdomain.uda.ipynb #45c80a85
+# %% ../../nbs/10c_crossdomain.uda.ipynb #d3cbe912
 @patch
 def _memory(self:StrongUDA, vecs):
     "A classifier with the centroids `vecs`"

@@ -309,4 +309,4 @@ def see(self:ToyCity,
 # %% ../../nbs/00e_data.toy.ipynb #c5d64741
 toy_cities = {o.name:o for o in (
     ToyCity('harbour', hue=.15, patterned=.3),
-    ToyCity('hill', hue=-.05, gain=(1.03,1.,.97), height=.4, detail=.7, wall=(150,142,125), patterned=.9))} # Name → city
+    ToyCity('hill', hue=-.05, height=.4, detail=.7, patterned=.9))} # Name → city
