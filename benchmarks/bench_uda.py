@@ -69,9 +69,8 @@ def supervised(data, kind, seed):
 def adaptation(model, target, source, system, kind, seed):
     "A learner that has none"
     import torch, fastreid_nb.all as lib
-    k,how = (4,dict(by_camera=True)) if kind=='toy' else (2,dict(by_camera=True, min_samples=2, k1=8))
-    if kind!='toy' and system!='MLT': how['how'] = 'circular'
-    if system=='SpCL': how.pop('how', None)
+    k,how = (4,dict(by_camera=True)) if kind=='toy' else (2,dict(by_camera=True, min_samples=2, dist='cosine'))
+    if kind!='toy' and system not in ('MLT','SpCL'): how['how'] = 'circular'
     return lib.uda_learner(model, target, getattr(lib, system)(**how), source, p=16, k=k, n_iters=toy.get('n_iters'), augs=[lib.hflip,light],
         num_workers=0, dtype=torch.float32, seed=seed)
 

@@ -93,6 +93,13 @@ def test_eps_rule():
         ari = lambda eps: label_quality(graph.dbscan(eps, 2), pids)['ari']
         assert ari(graph.find_eps(2))>.9*max(map(ari, np.linspace(.1, .8, 15)))
 
+def test_two_images_of_each():
+    "Pairs are found by cosine distances, whatever clusters them"
+    gen = torch.Generator().manual_seed(5)
+    x = torch.randn(60, 64, generator=gen).repeat_interleave(2, 0)+.6*torch.randn(120, 64, generator=gen)
+    graph,pids = PairGraph(x, dist='cosine'),np.repeat(np.arange(60), 2)
+    for labels in (graph.circular(), graph.dbscan(min_samples=2)): assert label_quality(labels, pids)['ari']>.95
+
 def test_labels_do_not_depend_on_the_order():
     x,_ = drawn(np.random.default_rng(4))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

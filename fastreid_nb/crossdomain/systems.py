@@ -21,7 +21,7 @@ from ..losses.memory import Centroids, FeatureQueue
 from ..losses.pairs import batch_hard_triplet, hardest_pairs, row_dist
 from ..train.averages import move_to, swap, tensors_of
 from ..eval.features import _unit
-from .pseudo import PairGraph, kmeans_labels
+from .pseudo import kmeans_labels
 from .uda import StrongUDA, UDA, _class_means, domain_norms, without_classes
 
 # %% ../../nbs/10d_crossdomain.systems.ipynb #734edc17
@@ -194,8 +194,7 @@ class SpCL(StrongUDA):
         return self.memory.vecs[self.dls.domains.n_classes:].cpu()
 
     def label(self, feats):
-        cams = self.dls.domains.part(False).camid if self.by_camera else None
-        graph = PairGraph(feats, k1=self.k1, camids=cams)
+        graph = self.graph(feats)
         eps = self.eps or graph.find_eps(self.min_samples)
         ways = [graph.dbscan(min(o, graph.most), self.min_samples) for o in (eps,max(eps-self.gap, eps/2),eps+self.gap)]
         labels,self.least = _trusted(*ways, self.least)

@@ -164,11 +164,13 @@ class UDA(Callback):
         min_samples:int=4, # Images within `eps` that make a core image; 2 for two images of each identity
         k1:int=20, # Neighbours in `PairGraph`
         by_camera:bool=False, # Subtract the mean feature of each camera before clustering?
+        dist:str='jaccard', # Distance of `PairGraph`; 'cosine' for few images of each identity
         how:str='dbscan', # Method of `PairGraph` that clusters: 'dbscan', 'circular' or 'hdbscan'
     ):
-        self.how = check_choice('how', how, ('dbscan','circular','hdbscan'))
+        self.how,self.dist = check_choice('how', how, ('dbscan','circular','hdbscan')),check_choice('dist', dist, ('jaccard','cosine'))
         for name,val in dict(every=every, min_samples=min_samples, k1=k1).items(): check_number(name, val, 1, whole=True)
-        if eps is not None and not 0<eps<=.9: raise ValueError(f'eps={eps}: expected a jaccard distance above 0, at most 0.9')
+        top = .9 if dist=='jaccard' else 2
+        if eps is not None and not 0<eps<=top: raise ValueError(f'eps={eps}: expected a {dist} distance above 0, at most {top}')
         self.folder,self.every,self.eps,self.min_samples,self.k1,self.by_camera = folder,every,eps,min_samples,k1,by_camera
 
     def prepare(self, model, source):
@@ -209,8 +211,7 @@ def label(self:UDA,
     feats:torch.Tensor, # Features of the target, (N,D)
 )->np.ndarray: # (N,) cluster of each image; -1 is not trained on
     "Pseudo-labels"
-    cams = self.dls.domains.part(False).camid if self.by_camera else None
-    graph = PairGraph(feats, k1=self.k1, camids=cams)
+    graph = self.graph(feats)
     if self.how=='dbscan': labels = graph.dbscan(self.eps, self.min_samples)
     else: labels = graph.circular(self.eps) if self.how=='circular' else graph.hdbscan(self.min_samples)
     if labels.max()<1: labels = graph.circular(graph.most)
@@ -243,6 +244,11 @@ def _write(self:UDA, labels):
 # %% ../../nbs/10c_crossdomain.uda.ipynb #332021c6
 @patch
 def classes(self:UDA, labels): return labels   # what is trained on; -1 is left out
+
+@patch
+def graph(self:UDA, feats):
+    cams = self.dls.domains.part(False).camid if self.by_camera else None
+    return PairGraph(feats, self.dist, self.k1, camids=cams)
 
 @patch
 def remember(self:UDA, feats, labels): "What a system keeps of a clustering, besides the labels"

@@ -273,9 +273,10 @@ def reid_cluster(
     pattern:str='', # Regular expression for file names, with any of the groups camid, frame and trackid
     backbone:str='', # Network, as for `reid train`, if the file does not tell
     size:str='', # Height x width of the network's input, pixels; by default as the file says
-    eps:float=None, # Threshold of the Jaccard distance, in (0,0.9]; by default chosen by a rule
+    eps:float=None, # Threshold of the distance, up to 0.9 (2 for cosine); by default chosen by a rule
     min_samples:int=2, # Images within eps that make an identity
     by_camera:bool=False, # Subtract the mean of each camera first?
+    dist:str='jaccard', # Or cosine, for two or three images of each identity
     workers:int=None, # Processes that read images; by default one per core
     out:str='reid_cluster', # Folder for clusters.html, clusters.csv and the features; called again it goes on
 ):
@@ -284,7 +285,7 @@ def reid_cluster(
     must_exist(path)
     net = _any_network(model, backbone, size).to(default_device())
     found = cluster_folder(net, path, _writable(out), known, pattern, num_workers=workers, progress=has_screen(),
-        eps=eps, min_samples=min_samples, by_camera=by_camera)
+        eps=eps, min_samples=min_samples, by_camera=by_camera, dist=dist)
     _say(found, '', f'page          {Path(out)/"clusters.html"}', f'table         {Path(out)/"clusters.csv"}')
 
 # %% ../../nbs/15i_recipes.cli.ipynb #4181c0a8
@@ -303,6 +304,7 @@ def reid_adapt(
     p:int=16, # Clusters in a batch
     k:int=4, # Images of each
     min_samples:int=4, # Images that make a cluster; 2 where everybody has two images
+    dist:str='jaccard', # Or cosine, for two or three images of each identity
     by_camera:bool=False, # Subtract the mean of each camera before clustering?
     seed:int=0, # Of the batches
     workers:int=None, # Processes that read images; by default one per core
@@ -315,7 +317,7 @@ def reid_adapt(
     must_exist(path)
     if system not in _systems: raise ValueError(f'system {system!r}: expected one of {", ".join(_systems)}')
     data = read_data(source, test_frac=0).check(progress=has_screen()) if source else None
-    how = _systems[system](min_samples=min_samples, by_camera=by_camera)
+    how = _systems[system](min_samples=min_samples, by_camera=by_camera, dist=dist)
     adapt_folder(open_model(checkpoint, backbone, size), path, _writable(out), how, data, epochs, lr, p, k, pattern,
         num_workers=workers, seed=seed, resume=resume, dtype=_precisions[precision])
     _say(f'checkpoint    {Path(out)/"model.pt"}', f'labels        {Path(out)/"labels"}')
