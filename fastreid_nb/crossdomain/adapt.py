@@ -61,7 +61,8 @@ def adapt_folder(
     if len(good)<len(df): print(f'{len(df)-len(good)} images cannot be read and are left out')
     system = system or MMT()
     system.folder = system.folder or out/'labels'
-    learn = uda_learner(model, _as_target(good, Path(folder).name), system, source, p, k, n_iters or _n_iters(len(good), p*k),
+    learn = uda_learner(model, _as_target(good, Path(folder).name), system, source, p, k,
+        n_iters or _n_iters(len(good), p*k),
         lr=lr, num_workers=num_workers, seed=seed, **kwargs)
     learn.fit_warmup_cos(epochs, lr, cbs=[Resumable(out/'run', every_minutes=10, resume=resume)])
     save_reid(out/'model.pt', learn.adapted())

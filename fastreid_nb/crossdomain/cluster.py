@@ -95,7 +95,8 @@ class Clusters:
 
     def __repr__(self):
         n,lone = len(self.df),int((self.df.pid=='-1').sum())
-        return '\n'.join([f'{n} images: {len(self.sizes)} identities, {lone} images in none (eps {self.eps:.3f})', *self.notes])
+        return '\n'.join([f'{n} images: {len(self.sizes)} identities, {lone} images in none (eps {self.eps:.3f})',
+            *self.notes])
 
 # %% ../../nbs/10b_crossdomain.cluster.ipynb #ec8ba7ad
 def _codes_of(df, name):
@@ -228,8 +229,10 @@ def _known_df(folder):
     "Images in folders, one for each known identity"
     names = list_images(Path(folder))
     who = [o.split('/')[0] for o in names if '/' in o]
-    if not who or len(who)<len(names): raise ValueError(f'{folder}: expected a folder for each known identity, and images in them only')
-    return pd.DataFrame(dict(path=[os.path.join(folder, o) for o in names], pid=pd.factorize(np.array(who))[0], camid=0, pid_name=who))
+    if not who or len(who)<len(names):
+        raise ValueError(f'{folder}: expected a folder for each known identity, and images in them only')
+    return pd.DataFrame(dict(path=[os.path.join(folder, o) for o in names], pid=pd.factorize(np.array(who))[0], camid=0,
+        pid_name=who))
 
 # %% ../../nbs/10b_crossdomain.cluster.ipynb #1708b584
 def cluster_folder(

@@ -40,7 +40,8 @@ class MixStyle(Callback):
         p:float=.5, # Share of the batches in which it works
         alpha:float=.1, # Of the Beta distribution; small: nearly all of the one or the other
     ):
-        if isinstance(layers, str): raise ValueError(f'layers={layers!r}: expected several names, such as ("layer1","layer2")')
+        if isinstance(layers, str):
+            raise ValueError(f'layers={layers!r}: expected several names, such as ("layer1","layer2")')
         self.layers,self.p,self.hooks = tuple(layers),check_number('p', p, 0, 1),[]
         self.alpha = check_number('alpha', alpha, 1e-3)
 
@@ -85,7 +86,8 @@ class CameraStyle:
         some = df.sample(frac=1, random_state=seed).groupby(['dsetid','camid']).head(n)
         mean,std = _channel_stats(some)
         table = pd.DataFrame(np.c_[mean,std]).groupby([some.dsetid.to_numpy(),some.camid.to_numpy()]).mean()
-        self.mean,self.std = (torch.tensor(table.to_numpy()[:,o], dtype=torch.float32).view(-1, 3, 1, 1) for o in (slice(3),slice(3,6)))
+        self.mean,self.std = (torch.tensor(table.to_numpy()[:,o], dtype=torch.float32).view(-1, 3, 1, 1)
+            for o in (slice(3),slice(3,6)))
 
     def __call__(self,
         x:torch.Tensor, # (3,H,W) uint8
@@ -109,7 +111,8 @@ def adapt_bn(
     check_number('share', share, 0, 1)
     if len(df)<2: raise ValueError(f'{len(df)} images: expected two or more, which have a variance')
     new = deepcopy(model)
-    if not batch_norms(new): raise ValueError(f'{type(model).__name__} has no BatchNorm with statistics: there is nothing to adapt')
+    if not batch_norms(new):
+        raise ValueError(f'{type(model).__name__} has no BatchNorm with statistics: there is nothing to adapt')
     mixed = df.sample(frac=1, random_state=0)   # batches of many cameras
     batches = [o for o in plain_dl(mixed, preproc_of(model, preproc), bs, num_workers, device_of(model)) if len(o[0])>1]
     precise_bn(new, batches, len(batches))

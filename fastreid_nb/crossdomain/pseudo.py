@@ -78,13 +78,15 @@ class PairGraph:
         device:str|torch.device=None, # Where to search; by default where the features are
     ):
         x = _as_tensor(getattr(feats, 'emb', feats))
-        if x.ndim!=2 or not x.numel(): raise ValueError(f'features of shape {tuple(x.shape)}: expected (N,D), one row or more')
+        if x.ndim!=2 or not x.numel():
+            raise ValueError(f'features of shape {tuple(x.shape)}: expected (N,D), one row or more')
         self.dist,self.k1 = check_choice('dist', dist, ('jaccard','cosine')),check_number('k1', k1, 1, whole=True)
         self.most = check_number('most', most, .1, .999)
         if camids is not None: x = _centred(x, camids)
         first,self.same = _distinct(x)
         self.count = np.bincount(self.same)
-        self.D = self._pairs(x if len(first)==len(x) else x[first], check_number('k2', k2, 1, whole=True), source, device)
+        self.D = self._pairs(x if len(first)==len(x) else x[first], check_number('k2', k2, 1, whole=True), source,
+            device)
 
     def _pairs(self, x, k2, source, device):
         nn,k1 = Neighbours(x, source, cosine_dist, device),min(self.k1, max(2, len(x)//4), len(x)-1)
@@ -93,7 +95,8 @@ class PairGraph:
         return _jaccard_pairs(_neighbourhoods(nn, nn.x, k1, min(k2, k1+1)), self.most)
 
     def __len__(self): return len(self.same)
-    def __repr__(self): return f'PairGraph of {len(self)} images, {self.D.nnz/len(self):.0f} near ones each by {self.dist} distance'
+    def __repr__(self):
+        return f'PairGraph of {len(self)} images, {self.D.nnz/len(self):.0f} near ones each by {self.dist} distance'
 
 # %% ../../nbs/10a_crossdomain.pseudo.ipynb #1b656d96
 def _within(D, eps):
@@ -210,7 +213,8 @@ def plot_sweep(self:PairGraph,
     lines = {'total silhouette':total, 'noise':table.noise, 'largest cluster':table.largest}
     for (name,vals),style in zip(lines.items(), ('-','--',':')): ax.plot(table.index, vals, style, label=name)
     ax.axvline(self.find_eps(), color='grey', lw=1)
-    ax.set(xlabel=f'eps ({self.dist} distance)', ylabel='share of images', title=f'largest number of clusters: {table.clusters.max()}')
+    ax.set(xlabel=f'eps ({self.dist} distance)', ylabel='share of images',
+        title=f'largest number of clusters: {table.clusters.max()}')
     ax.legend(fontsize=8)
     return ax
 
@@ -295,5 +299,7 @@ def label_quality(
     alone = labels<0
     each = np.where(alone, labels.max(initial=0)+1+np.arange(len(labels)), labels)
     pairs = pd.DataFrame(dict(c=each, p=pids)).value_counts().reset_index()
-    return dict(purity=float(pairs.groupby('c')['count'].max().sum()/len(labels)), nmi=float(normalized_mutual_info_score(pids, each)),
-        ari=float(adjusted_rand_score(pids, each)), noise=float(alone.mean()), clusters=int(labels.max(initial=-1)+1), identities=len(np.unique(pids)))
+    return dict(purity=float(pairs.groupby('c')['count'].max().sum()/len(labels)),
+        nmi=float(normalized_mutual_info_score(pids, each)),
+        ari=float(adjusted_rand_score(pids, each)), noise=float(alone.mean()), clusters=int(labels.max(initial=-1)+1),
+        identities=len(np.unique(pids)))

@@ -60,8 +60,10 @@ class MeanTeacherUDA(StrongUDA):
 def _start_from(self:MeanTeacherUDA, teacher):
     "Give the mean teacher other weights than the student's"
     mine,theirs = (dict(o.named_parameters())|dict(o.named_buffers()) for o in (self.teacher,without_classes(teacher)))
-    odd = sorted(k for k in mine.keys() | theirs.keys() if k not in mine or k not in theirs or mine[k].shape!=theirs[k].shape)
-    if odd: raise ValueError(f'the teacher has another architecture than the student: they differ in {len(odd)} tensors, '
+    odd = sorted(k for k in mine.keys() | theirs.keys()
+        if k not in mine or k not in theirs or mine[k].shape!=theirs[k].shape)
+    if odd:
+        raise ValueError(f'the teacher has another architecture than the student: they differ in {len(odd)} tensors, '
         f'such as {odd[:3]}; expected a model of the same kind')
     with torch.no_grad():
         for k,o in mine.items(): o.copy_(theirs[k])
@@ -153,14 +155,17 @@ def _cosines(memory, x):
 @patch
 def _one(self:MMT, i, out, said, pid):
     "Terms of student `i`, who listens to the teacher of the other"
-    (feat,emb),(t_feat,t_emb) = ([full_precision(o[j]) for o in (r.feat,getattr(r, self.model.test_on))] for r,j in ((out,i),(said,1-i)))
+    (feat,emb),(t_feat,t_emb) = ([full_precision(o[j]) for o in (r.feat,getattr(r, self.model.test_on))] for r,
+        j in ((out,i),(said,1-i)))
     logits = _cosines(self.memory[i], emb)
     probs = _cosines(self.memory[1-i], t_emb).softmax(1)
     pos,neg,_ = hardest_pairs(feat, pid)
     sure = order_logit(t_feat, pos, neg).sigmoid()
     self.memory[i].memory.move(emb, pid)
-    return dict(ce=(1-self.soft_ce)*smooth_cross_entropy(logits, pid, 0.), soft_ce=self.soft_ce*soft_cross_entropy(logits, probs),
-        triplet=(1-self.soft_tri)*batch_hard_triplet(feat, pid), soft_triplet=self.soft_tri*soft_triplet(feat, pos, neg, sure))
+    return dict(ce=(1-self.soft_ce)*smooth_cross_entropy(logits, pid, 0.),
+        soft_ce=self.soft_ce*soft_cross_entropy(logits, probs),
+        triplet=(1-self.soft_tri)*batch_hard_triplet(feat, pid),
+            soft_triplet=self.soft_tri*soft_triplet(feat, pos, neg, sure))
 
 # %% ../../nbs/10d_crossdomain.systems.ipynb #3d18ae44
 def _overlap(a, b):
@@ -209,7 +214,8 @@ class SpCL(StrongUDA):
 def remember(self:SpCL, feats, labels):
     doms = self.dls.domains
     if self.memory is None:
-        known = _unit(_class_means(self.features(source=True), torch.as_tensor(doms.source_pid))) if doms.n_source else feats[:0]
+        known = _unit(_class_means(self.features(source=True),
+            torch.as_tensor(doms.source_pid))) if doms.n_source else feats[:0]
         self.memory = self._memory(torch.cat([known,feats]))
     slots = np.r_[doms.source_pid,doms.n_classes+np.arange(len(feats))]
     self.slots = torch.as_tensor(slots, device=self.dls.device)
@@ -271,7 +277,8 @@ class MLT(MeanTeacherUDA):
     "Mixture label transport: k-means at several granularities, labels refined by a balanced plan of the teacher's predictions"
     sharp,n_queue,refine_every,many = 25,8192,10,True
     def __init__(self, *args,
-        ks:list=None, # Clusters of each granularity, the middle one draws the batches; by default a 24th, 12th and 6th of the images
+        ks:list=None,
+            # Clusters of each granularity, the middle one draws the batches; by default a 24th, 12th and 6th of the images
         refine:float=.5, # Share of the label that the plan gives, in [0,1]; 0 leaves the clusters as they are
         **kwargs
     ):

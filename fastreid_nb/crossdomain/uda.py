@@ -54,13 +54,15 @@ def _plain_rows(data, first_cam):
 def _check_apart(source, target):
     "Refuse a target that holds images of the source"
     both = set(image_keys(source.train)) & set(image_keys(target.train))
-    if both and 'image' not in target.train: raise ValueError(f'{len(both)} training images of {target.name!r} are also in '
+    if both and 'image' not in target.train:
+        raise ValueError(f'{len(both)} training images of {target.name!r} are also in '
         f'{source.name!r}, such as {sorted(both)[0]}: expected a target without images of the source')
 
 # %% ../../nbs/10c_crossdomain.uda.ipynb #4d095b05
 def _domains(source, target):
     "Who is who in the joined table of two data sets; `source` may be None"
-    if len(target.train)<4: raise ValueError(f'{len(target.train)} training images in {target.name!r}: expected four or more')
+    if len(target.train)<4:
+        raise ValueError(f'{len(target.train)} training images in {target.name!r}: expected four or more')
     new = _plain_rows(target, 100)
     if source is None: return Domains(np.zeros(0, int), new.assign(pid=np.arange(len(new))))
     table = pd.concat([_plain_rows(source, 0),new], ignore_index=True)
@@ -167,10 +169,13 @@ class UDA(Callback):
         dist:str='jaccard', # Distance of `PairGraph`; 'cosine' for few images of each identity
         how:str='dbscan', # Method of `PairGraph` that clusters: 'dbscan', 'circular' or 'hdbscan'
     ):
-        self.how,self.dist = check_choice('how', how, ('dbscan','circular','hdbscan')),check_choice('dist', dist, ('jaccard','cosine'))
-        for name,val in dict(every=every, min_samples=min_samples, k1=k1).items(): check_number(name, val, 1, whole=True)
+        self.how,self.dist = check_choice('how', how, ('dbscan','circular','hdbscan')),check_choice('dist', dist,
+            ('jaccard','cosine'))
+        for name,val in dict(every=every, min_samples=min_samples, k1=k1).items():
+            check_number(name, val, 1, whole=True)
         top = .9 if dist=='jaccard' else 2
-        if eps is not None and not 0<eps<=top: raise ValueError(f'eps={eps}: expected a {dist} distance above 0, at most {top}')
+        if eps is not None and not 0<eps<=top:
+            raise ValueError(f'eps={eps}: expected a {dist} distance above 0, at most {top}')
         self.folder,self.every,self.eps,self.min_samples,self.k1,self.by_camera = folder,every,eps,min_samples,k1,by_camera
 
     def prepare(self, model, source):
@@ -179,7 +184,8 @@ class UDA(Callback):
         return split_norms(model) if self.split and source else model
 
     def before_fit(self):
-        if not hasattr(self.dls, 'domains'): raise ValueError('the loaders have labels: make the learner with uda_learner')
+        if not hasattr(self.dls, 'domains'):
+            raise ValueError('the loaders have labels: make the learner with uda_learner')
         self.labelled,self.labels,self.was = -1,None,self.learn.loss_func
         self.learn.loss_func = UDALoss(self)
 
@@ -203,7 +209,8 @@ def features(self:UDA,
 )->torch.Tensor: # (N,D), rows of length 1, on the CPU
     "Features of all training images of a domain, as the network sees them now"
     net,dl = self.teacher or self.model,self.dls.train
-    images = plain_dl(self.dls.domains.part(source), self.dls.preproc, self.dls.valid.bs, dl.fake_l.num_workers, self.dls.device)
+    images = plain_dl(self.dls.domains.part(source), self.dls.preproc, self.dls.valid.bs, dl.fake_l.num_workers,
+        self.dls.device)
     with _seen_as(net, source): return _unit(embed_batches(net, images, precision_of(self.learn), progress=False))
 
 @patch
@@ -298,7 +305,8 @@ def uda_learner(
     **kwargs, # Passed to `reid_learner`, such as `opt_func`, `dtype` or `cbs`
 )->ReIDLearner: # Whose `fit` adapts; `learn.adapted()` is the model that comes out
     "A learner that adapts a model to images without labels"
-    for name,val in dict(p=p, k=k, n_iters=n_iters or 1).items(): check_number(name, val, 1+(name!='n_iters'), whole=True)
+    for name,val in dict(p=p, k=k, n_iters=n_iters or 1).items():
+        check_number(name, val, 1+(name!='n_iters'), whole=True)
     if source is not None: _check_apart(source, target)
     if not system.uses_source: source = None
     first = model[0] if isinstance(model, list) else model
