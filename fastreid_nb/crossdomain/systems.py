@@ -155,8 +155,8 @@ def _cosines(memory, x):
 @patch
 def _one(self:MMT, i, out, said, pid):
     "Terms of student `i`, who listens to the teacher of the other"
-    (feat,emb),(t_feat,t_emb) = ([full_precision(o[j]) for o in (r.feat,getattr(r, self.model.test_on))] for r,
-        j in ((out,i),(said,1-i)))
+    of = lambda res,j: (full_precision(res.feat[j]),full_precision(getattr(res, self.model.test_on)[j]))
+    (feat,emb),(t_feat,t_emb) = of(out, i),of(said, 1-i)
     logits = _cosines(self.memory[i], emb)
     probs = _cosines(self.memory[1-i], t_emb).softmax(1)
     pos,neg,_ = hardest_pairs(feat, pid)
@@ -165,7 +165,7 @@ def _one(self:MMT, i, out, said, pid):
     return dict(ce=(1-self.soft_ce)*smooth_cross_entropy(logits, pid, 0.),
         soft_ce=self.soft_ce*soft_cross_entropy(logits, probs),
         triplet=(1-self.soft_tri)*batch_hard_triplet(feat, pid),
-            soft_triplet=self.soft_tri*soft_triplet(feat, pos, neg, sure))
+        soft_triplet=self.soft_tri*soft_triplet(feat, pos, neg, sure))
 
 # %% ../../nbs/10d_crossdomain.systems.ipynb #3d18ae44
 def _overlap(a, b):
@@ -277,8 +277,7 @@ class MLT(MeanTeacherUDA):
     "Mixture label transport: k-means at several granularities, labels refined by a balanced plan of the teacher's predictions"
     sharp,n_queue,refine_every,many = 25,8192,10,True
     def __init__(self, *args,
-        ks:list=None,
-            # Clusters of each granularity, the middle one draws the batches; by default a 24th, 12th and 6th of the images
+        ks:list=None, # Clusters of each granularity; by default a 24th, 12th and 6th of the images
         refine:float=.5, # Share of the label that the plan gives, in [0,1]; 0 leaves the clusters as they are
         **kwargs
     ):
