@@ -89,6 +89,13 @@ from .rerank.gnn import *
 from .partial_dsr.core import *
 from .partial_dsr.foreground import *
 from .partial_dsr.visible import *
+from .crossdomain.core import *
+from .crossdomain.pseudo import *
+from .crossdomain.cluster import *
+from .crossdomain.uda import *
+from .crossdomain.systems import *
+from .crossdomain.generalise import *
+from .crossdomain.adapt import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

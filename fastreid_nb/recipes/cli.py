@@ -1,4 +1,4 @@
-"""The command `reid`: a demonstration, a doctor for your images, experiments, searches, scores, and a folder to publish
+"""The command `reid`: a demonstration, a doctor for your images, experiments, searches, scores, sorting and adapting without labels, and a folder to publish
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.cli.html.md"""
 
@@ -9,6 +9,7 @@ __all__ = ['reid_commands', 'reid_main']
 
 # %% ../../nbs/15i_recipes.cli.ipynb #a1709857
 import json, re, signal, sys, warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -22,19 +23,23 @@ from ..data.files import has_screen, printable
 from ..data.toy import toy_reid
 from ..augment.loaders import reid_dls
 from ..backbone.resnet import resnet18_ibn
+from ..heads.model import reid_model
 from ..heads.speed import best_dtype
 from ..train.core import reid_learner
 from ..eval.inference import evaluate_data
 from ..eval import intervals # the method `ReIDResult.intervals`; chkstyle: ignore
 from ..eval.intervals import compare
 from ..eval.report import compare_report
+from ..crossdomain.adapt import adapt_folder
+from ..crossdomain.cluster import cluster_folder
+from ..crossdomain.systems import MMT, SpCL
 from .core import Experiment
 from .published import model_table, recipe_table
 from .run import Signals, end_workers, must_exist, read_data, run_experiment, run_folder, saved_experiment
 from .run import _hw, _leave, _run, _say, _writable
 from .tune import tune_experiment
 from .publish import publish
-from .start import model_call, network_call, open_model, with_classes
+from .start import find_network, model_call, network_call, open_model, with_classes
 
 # %% ../../nbs/15i_recipes.cli.ipynb #5751afd9
 _ranges = dict(n_ids=(4,9999), epochs=(1,10**6), lr=(1e-9,100), freeze_iters=(0,10**9), p=(1,4096), k=(1,4096),
@@ -285,6 +290,73 @@ def reid_publish(
     folder = publish(checkpoint, data, _writable(out), data_licence, licence, name, use, num_workers=workers)
     _say(f'published     {folder}')
 
+# %% ../../nbs/15i_recipes.cli.ipynb #e37b5aa9
+def _any_network(spec, backbone, size):
+    "A model from a file, or a network of timm with its weights"
+    spec = str(spec)
+    if not spec: raise ValueError('no model: expected a checkpoint, a file of weights or timm/NAME (option --model)')
+    if not spec.startswith('timm/'): return open_model(spec, backbone, size)
+    hw = _hw(size or '256x128')
+    model = reid_model(partial(find_network(spec, hw), pretrained=True), 0, test_on='feat')
+    model.preproc = replace(model.preproc, size=hw)
+    return model.eval()
+
+def reid_cluster(
+    path:str, # Folder or zip archive of crops
+    model:str='', # Checkpoint, any file of weights, or timm/NAME (weights are downloaded)
+    known:str='', # Folder with one folder of images for each identity that is known; the others become new 1, new 2 ...
+    pattern:str='', # Regular expression for file names, with any of the groups camid, frame and trackid
+    backbone:str='', # Network, as for `reid train`, if the file does not tell
+    size:str='', # Height x width of the network's input, pixels; by default as the file says
+    eps:float=None, # Threshold of the distance, up to 0.9 (2 for cosine); by default chosen by a rule
+    min_samples:int=2, # Images within eps that make an identity
+    by_camera:bool=False, # Subtract the mean of each camera first?
+    dist:str='jaccard', # Or cosine, for two or three images of each identity
+    workers:int=None, # Processes that read images; by default one per core
+    out:str='reid_cluster', # Folder for clusters.html, clusters.csv and the features; called again it goes on
+):
+    "Sort a folder of crops into identities"
+    check_options(dict(size=size, workers=workers))
+    must_exist(path)
+    net = _any_network(model, backbone, size).to(default_device())
+    found = cluster_folder(net, path, _writable(out), known, pattern, num_workers=workers, progress=has_screen(),
+        eps=eps, min_samples=min_samples, by_camera=by_camera, dist=dist)
+    _say(found, '', f'page          {Path(out)/"clusters.html"}', f'table         {Path(out)/"clusters.csv"}')
+
+# %% ../../nbs/15i_recipes.cli.ipynb #4181c0a8
+_systems = dict(mmt=MMT, spcl=SpCL)
+
+def reid_adapt(
+    checkpoint:str, # Model to start from: written by `reid train` or `save_reid`, or any file of weights
+    path:str, # Folder or zip archive of crops of the new place, without labels
+    source:str='', # Images that the model was trained on, as for `reid train`; used by spcl
+    system:str='mmt', # Or spcl
+    pattern:str='', # Regular expression for file names, with a group camid
+    backbone:str='', # Network, as for `reid train`, if the file does not tell
+    size:str='', # Height x width of the network's input, pixels; by default as the file says
+    epochs:int=20, # Epochs; the crops are clustered before each
+    lr:float=3.5e-4, # Highest learning rate
+    p:int=16, # Clusters in a batch
+    k:int=4, # Images of each
+    min_samples:int=4, # Images that make a cluster; 2 where everybody has two images
+    dist:str='jaccard', # Or cosine, for two or three images of each identity
+    by_camera:bool=False, # Subtract the mean of each camera before clustering?
+    seed:int=0, # Of the batches
+    workers:int=None, # Processes that read images; by default one per core
+    precision:str='auto', # Of the forward pass: auto (the fastest, measured), float32 or bfloat16
+    out:str='reid_adapt', # Folder for model.pt and the labels of every epoch
+    resume:bool=False, # Go on with a run in the folder that was stopped?
+):
+    "Adapt a model to a folder of crops"
+    check_options(locals())
+    must_exist(path)
+    if system not in _systems: raise ValueError(f'system {system!r}: expected one of {", ".join(_systems)}')
+    data = read_data(source, test_frac=0).check(progress=has_screen()) if source else None
+    how = _systems[system](min_samples=min_samples, by_camera=by_camera, dist=dist)
+    adapt_folder(open_model(checkpoint, backbone, size), path, _writable(out), how, data, epochs, lr, p, k, pattern,
+        num_workers=workers, seed=seed, resume=resume, dtype=_precisions[precision])
+    _say(f'checkpoint    {Path(out)/"model.pt"}', f'labels        {Path(out)/"labels"}')
+
 # %% ../../nbs/15i_recipes.cli.ipynb #fcaafe36
 def reid_doctor(
     path:str, # CSV file (path, pid; optional camid, split), Market-1501 folder, or identity folders
@@ -306,7 +378,7 @@ def reid_doctor(
 
 # %% ../../nbs/15i_recipes.cli.ipynb #f682605a
 reid_commands = dict(demo=reid_demo, doctor=reid_doctor, train=reid_train, eval=reid_eval, compare=reid_compare,
-    tune=reid_tune, publish=reid_publish, recipes=reid_recipes, models=reid_models)
+    cluster=reid_cluster, adapt=reid_adapt, tune=reid_tune, publish=reid_publish, recipes=reid_recipes, models=reid_models)
 
 def _usage():
     lines = [f'  {k:8} {f.__doc__}' for k,f in reid_commands.items()]
