@@ -211,7 +211,11 @@ class SpCL(StrongUDA):
 
 # %% ../../nbs/10d_crossdomain.systems.ipynb #415df383
 @patch
-def remember(self:SpCL, feats, labels):
+def remember(self:SpCL,
+    feats, # Of the target images, (N,D)
+    labels, # Their clusters, (N,)
+):
+    "The memory after a clustering"
     doms = self.dls.domains
     if self.memory is None:
         known = _unit(_class_means(self.features(source=True),
@@ -228,7 +232,11 @@ def _memory(self:SpCL, vecs):
     return new
 
 @patch
-def terms(self:SpCL, out, row):
+def terms(self:SpCL,
+    out, # `ReIDOut` of a batch
+    row, # Rows of its images in the tables, (B,)
+)->dict: # Name to value
+    "The terms of the loss"
     emb,doms = self.emb_of(out),self.dls.domains
     n_classes = doms.n_classes
     of_slot = torch.cat([torch.arange(n_classes, device=row.device),self.labels[doms.n_source:]])
@@ -276,10 +284,10 @@ def sinkhorn(
 class MLT(MeanTeacherUDA):
     "Mixture label transport: k-means at several granularities, labels refined by a balanced plan of the teacher's predictions"
     sharp,n_queue,refine_every,many = 25,8192,10,True
-    def __init__(self, *args,
+    def __init__(self, *args, # Of `UDA`
         ks:list=None, # Clusters of each granularity; by default a 24th, 12th and 6th of the images
         refine:float=.5, # Share of the label that the plan gives, in [0,1]; 0 leaves the clusters as they are
-        **kwargs
+        **kwargs, # Of `UDA`
     ):
         super().__init__(*args, **kwargs)
         self.ks,self.refine = ks,check_number('refine', refine, 0, 1)
@@ -297,7 +305,11 @@ class MLT(MeanTeacherUDA):
 
 # %% ../../nbs/10d_crossdomain.systems.ipynb #1691bf42
 @patch
-def remember(self:MLT, feats, labels):
+def remember(self:MLT,
+    feats, # Of the target images, (N,D)
+    labels, # Their clusters, (N,)
+):
+    "The memory after a clustering"
     n = self.dls.domains.n_classes
     known = None if self.memory is None else self.memory[0].memory.vecs[:n].cpu()
     made = []
@@ -336,7 +348,11 @@ def _refresh(self:MLT, x, at):
         self.gains = [column_gains(self._scores(self.queue.feats, g)) for g in range(len(self.grains))]
 
 @patch
-def terms(self:MLT, out, row):
+def terms(self:MLT,
+    out, # `ReIDOut` of a batch
+    row, # Rows of its images in the tables, (B,)
+)->dict: # Name to value
+    "The terms of the loss"
     n,n_source = self.dls.domains.n_classes,self.dls.domains.n_source
     emb,pid = self.emb_of(out),self.labels[row]
     taught = nn.functional.normalize(self.emb_of(self.taught()))

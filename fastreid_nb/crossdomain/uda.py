@@ -178,8 +178,11 @@ class UDA(Callback):
             raise ValueError(f'eps={eps}: expected a {dist} distance above 0, at most {top}')
         self.folder,self.every,self.eps,self.min_samples,self.k1,self.by_camera = folder,every,eps,min_samples,k1,by_camera
 
-    def prepare(self, model, source):
-        "The network that is trained: a copy without classes; `source`: is there source data?"
+    def prepare(self,
+        model, # A `ReIDModel`
+        source, # Is there source data?
+    ): # A `ReIDModel`
+        "The network that is trained: a copy without classes"
         model = without_classes(model)
         return split_norms(model) if self.split and source else model
 
@@ -195,7 +198,12 @@ class UDA(Callback):
     def before_batch(self):
         for o in domain_norms(self.model): o.n_source = self.dls.train.batches.p_source*self.dls.train.k
 
-    def terms(self, out, row): return dict(triplet=batch_hard_triplet(full_precision(out.feat), self.labels[row]))
+    def terms(self,
+        out, # `ReIDOut` of a batch
+        row, # Rows of its images in the tables, (B,)
+    )->dict: # Name to value
+        "The terms of the loss"
+        return dict(triplet=batch_hard_triplet(full_precision(out.feat), self.labels[row]))
     def undo(self):
         "Give the learner its own loss back"
         if 'was' in vars(self): self.learn.loss_func = self.was
@@ -250,22 +258,37 @@ def _write(self:UDA, labels):
 
 # %% ../../nbs/10c_crossdomain.uda.ipynb #332021c6
 @patch
-def classes(self:UDA, labels): return labels   # what is trained on; -1 is left out
+def classes(self:UDA,
+    labels, # Of the clusters, (N,); -1 for none
+): # (N,)
+    "What is trained on; -1 is left out"
+    return labels
 
 @patch
-def graph(self:UDA, feats):
+def graph(self:UDA,
+    feats, # Of the target images, (N,D)
+)->PairGraph: # Of all pairs of neighbours
+    "The graph that is clustered"
     cams = self.dls.domains.part(False).camid if self.by_camera else None
     return PairGraph(feats, self.dist, self.k1, camids=cams)
 
 @patch
-def remember(self:UDA, feats, labels): "What a system keeps of a clustering, besides the labels"
+def remember(self:UDA,
+    feats, # Of the target images, (N,D)
+    labels, # Their clusters, (N,)
+):
+    "What a system keeps of a clustering, besides the labels"
 
 # %% ../../nbs/10c_crossdomain.uda.ipynb #fa28e8e8
 @patch
-def state_dict(self:UDA): return dict(labelled=self.labelled, labels=None if self.labels is None else self.labels.cpu())
+def state_dict(self:UDA):
+    "What an interrupted run needs to go on"
+    return dict(labelled=self.labelled, labels=None if self.labels is None else self.labels.cpu())
 
 @patch
-def load_state_dict(self:UDA, state):
+def load_state_dict(self:UDA,
+    state, # From `state_dict`
+):
     "Go on with the labels that an earlier process made"
     self.labelled = state['labelled']
     if state['labels'] is not None: self._use(state['labels'].numpy())
@@ -342,7 +365,11 @@ class StrongUDA(UDA):
         pid = self.labels[row]
         return super().terms(out, row) | dict(ce=self.memory.loss(self.emb_of(out), pid))
 
-    def emb_of(self, out): return full_precision(getattr(out, self.model.test_on))
+    def emb_of(self,
+        out, # `ReIDOut` of a batch
+    ): # (B,D) float32
+        "The embedding that is tested on"
+        return full_precision(getattr(out, self.model.test_on))
 
     def state_dict(self):
         memories = self.memory if self.many or self.memory is None else [self.memory]

@@ -273,7 +273,7 @@ def toy_reid(
     hidden_by:str='wall', # How, as in `toy_photo`
     dark:float=0., # Share of the identities that wear one dark colour, in [0,1]; the tables then have a column `dark`
     progress:bool=True, # Show a bar while drawing?
-    city:'ToyCity'=None, # Where it is drawn, such as `toy_cities['harbour']`; by default nowhere in particular
+    city=None, # Where it is drawn, a `ToyCity` such as `toy_cities['harbour']`; by default nowhere in particular
 )->ReIDData: # Read back by `market1501`
     "Drawn pedestrians in Market-1501's layout, written once and then read"
     if not (4<=n_ids<=9999 and 2<=n_cams<=9 and n_per_cam>=2):
