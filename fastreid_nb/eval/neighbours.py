@@ -52,6 +52,8 @@ def _from_sq(sq, dist):
     if dist is cosine_dist: return sq/2
     return sq.sqrt() if dist is euclidean_dist else sq
 
+
+# %% ../../nbs/07b_eval.neighbours.ipynb #fbdb5b9b
 def _own_sq(a, b, dist):
     "Squared straight lines from each row of `a` (q,D) to its own rows in `b` (q,m,D); a zero vector is √2 from all for the cosine"
     a = a[:,None]
