@@ -18,14 +18,7 @@ from fastreid_nb.eval.verification import Roc, evaluate_roc, roc_dist, verify_pa
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 from golden_files import golden_params, missing
-
-def tables(rng, nq=30, ng=90, n_ids=12, n_cams=3):
-    "Random tables with distractors, and queries without a match"
-    q,g = (pd.DataFrame(dict(pid=rng.integers(0, n_ids, n), camid=rng.integers(0, n_cams, n), path=[f'{k}{i}.jpg' for i in range(n)]))
-        for k,n in (('q',nq), ('g',ng)))
-    q.loc[:2,'pid'] = n_ids+1
-    g.loc[:8,'pid'] = -1
-    return q,g
+from random_tables import tables
 
 def judge(dist, q, g, protocol):
     "Genuine and impostor distances by a double loop"

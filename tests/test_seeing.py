@@ -35,6 +35,7 @@ from fastreid_nb.pooling.core import GlobalAvgPool
 from fastreid_nb.recipes.cli import reid_main
 from fastreid_nb.train.checkpoint import save_reid
 from fastreid_nb.data.preproc import Preproc
+from random_tables import tables
 from tiny_models import TinyNet
 
 @pytest.fixture(scope='module')
@@ -52,14 +53,6 @@ def model():
 def no_figures():
     yield
     plt.close('all')
-
-def tables(rng, nq=30, ng=90, n_ids=12, n_cams=3):
-    "Random tables with distractors, and queries without a match"
-    q,g = (pd.DataFrame(dict(pid=rng.integers(0, n_ids, n), camid=rng.integers(0, n_cams, n), path=[f'{k}{i}.jpg' for i in range(n)]))
-        for k,n in (('q',nq), ('g',ng)))
-    q.loc[:2,'pid'] = n_ids+1
-    g.loc[:8,'pid'] = -1
-    return q,g
 
 # ---- lists
 

@@ -1,4 +1,4 @@
-"""From a checkpoint and a folder of crops without labels to a model that knows the place; and what the systems are worth
+"""From a checkpoint and a folder of crops without labels to a model that knows the place
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.adapt.html.md"""
 

@@ -25,16 +25,14 @@ def _pca(x):
 
 def _tsne(x, perplexity, seed):
     "t-SNE of the rows of `x`, (N,2)"
-    try: from sklearn.manifold import TSNE
-    except ImportError as e: raise ImportError('t-SNE comes from scikit-learn, which is not installed: '
-        "pip install fastreid-nb[maps], or take method='pca'") from e
+    from sklearn.manifold import TSNE   # comes with fastai; late, because it takes a second to import
     perplexity = min(perplexity, (len(x)-1)/3)
     return torch.from_numpy(TSNE(perplexity=perplexity, init='pca', random_state=seed).fit_transform(x.numpy()))
 
 # %% ../../nbs/07q_eval.confusions.ipynb #185c296b
 def embedding_map(
     feats:Features, # Images of any set
-    method:str='pca', # 'pca', or 'tsne', which needs scikit-learn
+    method:str='pca', # 'pca', or 'tsne', which takes longer
     n:int=2000, # Images at most; of more a random sample is taken
     seed:int=0, # Of the sample, and of t-SNE
     perplexity:float=30, # Of t-SNE: about how many neighbours count
