@@ -107,17 +107,11 @@ def _within(D, eps):
 
 def _dbscan(D, eps, min_samples, count):
     "Labels of rows that stand for `count` images each; -1 is noise"
-    near = _within(D, eps)
-    row,col = np.repeat(np.arange(len(count)), np.diff(near.indptr)),near.indices
-    core = count+np.bincount(row, count[col], len(count))>=min_samples
-    both = core[row] & core[col]
-    links = csr_matrix((both[both],(row[both],col[both])), shape=D.shape)
-    labels = np.where(core, connected_components(links, directed=False)[1], -1)
-    edge = np.flatnonzero(~core[row] & core[col])
-    edge = edge[np.lexsort((near.data[edge],row[edge]))]
-    joins,at = np.unique(row[edge], return_index=True)
-    labels[joins] = labels[col[edge[at]]]
-    return _in_order(labels)
+    from sklearn.cluster import DBSCAN   # comes with fastai; late, because it takes a second to import
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # rows are not sorted by distance
+        found = DBSCAN(eps=eps, min_samples=min_samples, metric='precomputed').fit(_within(D, eps), sample_weight=count)
+    return _in_order(found.labels_)
 
 def _in_order(labels):
     "The same clusters, numbered in the order in which they appear; -1 stays"
@@ -191,16 +185,23 @@ def _try(self:PairGraph, eps, min_samples):
         silhouette=self.silhouette(labels))
 
 # %% ../../nbs/10a_crossdomain.pseudo.ipynb #0428b13e
+def _total_silhouette(table): return (table.silhouette*(1-table.noise)).fillna(0)
+
+def _rule(table):
+    "The threshold in the middle of those that are about best"
+    total = _total_silhouette(table)
+    good = table.index[total>=.99*total.max()]
+    return float(good[len(good)//2])
+
 @patch
 def find_eps(self:PairGraph,
     min_samples:int=4, # As in `dbscan`
 )->float: # Threshold
     "The threshold with the largest total silhouette"
-    table = self.sweep(min_samples)
-    total = (table.silhouette*(1-table.noise)).fillna(0)
-    good = table.index[total>=.99*total.max()]
-    return float(good[len(good)//2])
+    return _rule(self.sweep(min_samples))
 
+
+# %% ../../nbs/10a_crossdomain.pseudo.ipynb #a03f38c0
 @patch
 def plot_sweep(self:PairGraph,
     table:pd.DataFrame, # From `sweep`
@@ -209,10 +210,9 @@ def plot_sweep(self:PairGraph,
     "What a row of thresholds gives, and which one the rule takes"
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5,2.8), layout='constrained')[1]
-    total = (table.silhouette*(1-table.noise)).fillna(0)
-    lines = {'total silhouette':total, 'noise':table.noise, 'largest cluster':table.largest}
+    lines = {'total silhouette':_total_silhouette(table), 'noise':table.noise, 'largest cluster':table.largest}
     for (name,vals),style in zip(lines.items(), ('-','--',':')): ax.plot(table.index, vals, style, label=name)
-    ax.axvline(self.find_eps(), color='grey', lw=1)
+    ax.axvline(_rule(table), color='grey', lw=1)
     ax.set(xlabel=f'eps ({self.dist} distance)', ylabel='share of images',
         title=f'largest number of clusters: {table.clusters.max()}')
     ax.legend(fontsize=8)
