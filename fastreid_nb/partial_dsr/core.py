@@ -84,7 +84,7 @@ class _ManyChannels:
         gram = _ridge(wide.mT@wide, kappa)
         self.factor = torch.linalg.cholesky(gram)
         solved = torch.cholesky_solve(torch.linalg.cholesky(_ridge(gram, kappa)), self.factor)   # S⁻¹L
-        self.B = (G@solved.to(G.dtype)).mT.contiguous()
+        self.B = solved.mT.to(G.dtype)@G.mT
 
     def long_way(self, i, Q):
         "Squared residuals of the columns that are rows of `Q` (m,C)"
@@ -92,7 +92,7 @@ class _ManyChannels:
         return (q-g@torch.cholesky_solve(g.T@q, self.factor[i])).square().sum(0).to(Q.dtype)
 
     def __call__(self, i, Q):
-        sq = Q.square().sum(1)-(Q@self.B[i].T).square().sum(1)
+        sq = torch.linalg.vector_norm(Q, dim=1).square_()-(Q@self.B[i].T).square_().sum(1)
         near = (sq<self.least).nonzero()[:,0]
         if len(near): sq[near] = self.long_way(i, Q[near])
         return sq.clamp_min_(0).sqrt_()
@@ -219,12 +219,23 @@ def embed_maps(
     return LocalFeatures(emb, store.x if file is None else np.load(file, mmap_mode='r'), df, protocol, weights)
 
 # %% ../../nbs/09_partial_dsr.ipynb #b3e9486f
+def _windows(x, sizes, stride):
+    "Largest values in windows of several sizes; where a size is a `stride` more than the one before, from its windows"
+    res = []
+    for before,o in zip((0,*sizes), sizes):
+        grown = o-before==stride<=before
+        res.append(F.max_pool2d(res[-1], 2, 1) if grown else F.max_pool2d(x, o, stride))
+    return res
+
 def _unit_rows(maps, sizes, stride, side, at=0):
     "Unit columns of some maps as rows, (n,K,C) float32"
-    x = torch.cat([F.max_pool2d(maps.float(), o, stride).flatten(2) for o in sizes], 2)
-    if x.isfinite().all(): return _unit(x).mT.contiguous()
+    x = maps.float().contiguous(memory_format=torch.channels_last)   # so that the rows need no transposition
+    x = torch.cat([o.flatten(2).mT for o in _windows(x, sizes, stride)], 1)
+    rows = _unit(x.flatten(0, 1)).view_as(x)
+    if rows.sum(2).isfinite().all(): return rows
     raise ValueError(f'NaN or infinity in the {side} maps, near row {at}: did training diverge?')
 
+# %% ../../nbs/09_partial_dsr.ipynb #c4874d82
 @dataclass
 class _LocalScorer:
     "Local scores of the pairs that the gate lets through"
@@ -242,27 +253,29 @@ class _LocalScorer:
         return max(1, 2**23//(n*h*w))
 
 # %% ../../nbs/09_partial_dsr.ipynb #b0a92958
-def _score_image(factor, i, cols, weights, queries, some=32):
-    "Scores of image `i` of a block for `queries`, which are rows of `cols` (n,K,C)"
+def _score_image(factor, i, cols, weights, queries, room):
+    "Scores of image `i` of a block for `queries`, which are rows of `cols` (n,K,C); `room` (m,K,C) is written over"
     res = []
-    for rows in queries.split(some):
-        left = factor(i, cols[rows].flatten(0, 1)).view(len(rows), -1)
+    for rows in queries.split(len(room)):
+        some = torch.index_select(cols, 0, rows, out=room[:len(rows)])
+        left = factor(i, some.flatten(0, 1)).view(len(rows), -1)
         res.append(left.mean(1) if weights is None else (left*weights[rows]).sum(1))
     return torch.cat(res)
 
-def _local_scores(scorer, cols, weights, idx):
+def _local_scores(scorer, cols, weights, idx, some=32):
     "Scores of queries with columns `cols` (n,K,C) and their gallery images `idx` (n,k), (n,k)"
     flat = idx.flatten()
     pairs = flat.argsort(stable=True)
     images,counts = flat[pairs].unique_consecutive(return_counts=True)
     own = pairs.split(counts.tolist())
     res = cols.new_empty(len(flat))
+    room = cols.new_empty(some, *cols.shape[1:])
     for start in range(0, len(images), scorer.block()):
         rows = images[start:start+scorer.block()]
         factor = scorer.images(rows.cpu())
         for i in range(len(rows)):
             mine = own[start+i]
-            res[mine] = _score_image(factor, i, cols, weights, mine//idx.shape[1])
+            res[mine] = _score_image(factor, i, cols, weights, mine//idx.shape[1], room)
     return res.view(idx.shape)
 
 # %% ../../nbs/09_partial_dsr.ipynb #320ae8f7
