@@ -107,4 +107,5 @@ from .recipes.run import *
 from .recipes.tune import *
 from .recipes.publish import *
 from .recipes.start import *
+from .recipes.use import *
 from .recipes.cli import *
