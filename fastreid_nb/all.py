@@ -99,6 +99,7 @@ from .crossdomain.generalise import *
 from .crossdomain.adapt import *
 from .export.core import *
 from .export.predictor import *
+from .export.folder import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

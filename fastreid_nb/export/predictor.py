@@ -7,15 +7,15 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/export.predictor.html.md"""
 # %% auto #0
 __all__ = ['onnx_meta', 'Predictor']
 
-# %% ../../nbs/12a_export.predictor.ipynb #1bee5293
-import hashlib, json
+# %% ../../nbs/12a_export.predictor.ipynb #6297dffd
+import hashlib, json, sys, time
 import numpy as np, onnxruntime as ort
 from itertools import islice
 from pathlib import Path
 from PIL import Image, ImageOps
 from .. import __version__
 
-# %% ../../nbs/12a_export.predictor.ipynb #ae36142e
+# %% ../../nbs/12a_export.predictor.ipynb #fdb1e5d9
 def _rgb(im):
     "Upright 8-bit RGB version of a PIL image, transparency on black"
     im = ImageOps.exif_transpose(im)
@@ -31,7 +31,7 @@ def _from_file(path):
     except FileNotFoundError: raise FileNotFoundError(f'no image {path}') from None
     except Exception as e: raise ValueError(f'cannot read the image {path}: {str(e).split(" <_io")[0]}') from e
 
-# %% ../../nbs/12a_export.predictor.ipynb #ef0f0098
+# %% ../../nbs/12a_export.predictor.ipynb #b8741e87
 def _from_array(x):
     got = f'an array of shape {x.shape} and {x.dtype}'
     if x.dtype!=np.uint8: raise ValueError(f'{got}: expected uint8 RGB with values 0 to 255; '
@@ -51,7 +51,7 @@ def _one_by_one(imgs):
     single = isinstance(imgs, (str,Path,Image.Image)) or not hasattr(imgs, '__iter__')
     return iter([imgs] if single or isinstance(imgs, np.ndarray) and imgs.ndim!=4 else imgs)
 
-# %% ../../nbs/12a_export.predictor.ipynb #dbfe1801
+# %% ../../nbs/12a_export.predictor.ipynb #842c5f67
 _newest = 1 # Format of a file that this version reads
 
 def _check_whole(path, mark):
@@ -75,7 +75,7 @@ def _check_meta(path, found):
     _check_whole(path, meta['checksum'])
     return meta
 
-# %% ../../nbs/12a_export.predictor.ipynb #7e36822b
+# %% ../../nbs/12a_export.predictor.ipynb #900fe93b
 def _check_providers(providers):
     there = ort.get_available_providers()
     gone = [o for o in providers if o not in there]
@@ -97,14 +97,14 @@ def _open(path, threads=None, providers=('CPUExecutionProvider',)):
         'its libraries are missing, or of another version')
     return session,_check_meta(path, session.get_modelmeta().custom_metadata_map)
 
-# %% ../../nbs/12a_export.predictor.ipynb #8af8b0ed
+# %% ../../nbs/12a_export.predictor.ipynb #b148c69a
 def onnx_meta(
     path:str|Path, # File by `export_onnx`
 )->dict: # Plain values: `size`, `input_size`, `layout`, `width`, `threshold` and others
     "What a file says about itself; an error if it is not one of ours, or was changed"
     return _open(path)[1]
 
-# %% ../../nbs/12a_export.predictor.ipynb #2b50cd36
+# %% ../../nbs/12a_export.predictor.ipynb #e446462a
 def _pixels(x, meta):
     "An image as the graph takes it, uint8; resized by Pillow unless the graph does that"
     im,size = read_rgb(x),tuple(meta['input_size'])
@@ -133,7 +133,7 @@ def _limit(threshold):
         'and this file gives vectors of length 1: expected one for cosine')
     return t['value']
 
-# %% ../../nbs/12a_export.predictor.ipynb #bb8adce0
+# %% ../../nbs/12a_export.predictor.ipynb #3a3101f8
 class Predictor:
     "A file by `export_onnx`, ready to run; needs onnxruntime, numpy and Pillow only"
     def __init__(self,
@@ -182,3 +182,24 @@ class Predictor:
         "Do two images show the same identity?"
         limit,(x,y) = _limit(self.threshold),self.embed([a,b])
         return bool(1-x@y<limit)
+
+# %% ../../nbs/12a_export.predictor.ipynb #27d94576
+def peak_memory():
+    "Most memory that this process has had, in MB; None where the system does not tell"
+    try: import resource
+    except ImportError: return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak/(2**20 if sys.platform=='darwin' else 2**10)
+
+def timed_runs(path, bs, threads, seconds):
+    "Milliseconds of each run of a batch of noise, and the peak memory in MB"
+    reid = Predictor(path, threads)
+    shape = (*reid.size,3) if reid.meta['layout']=='NHWC' else (3,*reid.size)
+    x = np.random.default_rng(0).integers(0, 256, (bs,*shape), dtype=np.uint8)
+    for _ in range(2): reid.run(x)
+    times,start = [],time.perf_counter()
+    while len(times)<10 or time.perf_counter()-start<seconds:
+        begin = time.perf_counter()
+        reid.run(x)
+        times.append(1000*(time.perf_counter()-begin))
+    return times,peak_memory()

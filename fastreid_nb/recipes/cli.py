@@ -1,4 +1,4 @@
-"""The command `reid`: a demonstration, a doctor for your images, experiments, searches, scores, sorting and adapting without labels, and a folder to publish
+"""The command `reid`: a demonstration, a doctor for your images, experiments, searches, scores, and all that `15i_recipes.use` does with a trained model
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.cli.html.md"""
 
@@ -32,7 +32,7 @@ from .run import _hw, _leave, _run, _say, _writable
 from .tune import tune_experiment
 from .publish import publish
 from .start import model_call, network_call, open_model, with_classes
-from .use import check_options, reid_adapt, reid_cluster, reid_compare
+from .use import check_options, reid_adapt, reid_bench, reid_cluster, reid_compare, reid_embed, reid_export
 from .use import _precisions
 
 # %% ../../nbs/15j_recipes.cli.ipynb #a4892d85
@@ -238,7 +238,8 @@ def reid_doctor(
 
 # %% ../../nbs/15j_recipes.cli.ipynb #f682605a
 reid_commands = dict(demo=reid_demo, doctor=reid_doctor, train=reid_train, eval=reid_eval, compare=reid_compare,
-    cluster=reid_cluster, adapt=reid_adapt, tune=reid_tune, publish=reid_publish, recipes=reid_recipes, models=reid_models)
+    cluster=reid_cluster, adapt=reid_adapt, export=reid_export, embed=reid_embed, bench=reid_bench, tune=reid_tune,
+    publish=reid_publish, recipes=reid_recipes, models=reid_models)
 
 def _usage():
     lines = [f'  {k:8} {f.__doc__}' for k,f in reid_commands.items()]

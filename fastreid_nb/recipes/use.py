@@ -1,4 +1,4 @@
-"""What a trained model is used for on the command line: comparing it with another, sorting crops into identities, and adapting to a new place without labels
+"""What a trained model is used for on the command line: comparing it with another, sorting crops, adapting to a new place, and a file for other programs
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.use.html.md"""
 
@@ -12,6 +12,7 @@ import re, warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 with warnings.catch_warnings():
     warnings.filterwarnings('ignore', message='.*torch.jit.script|.*chained_assignment') # of fastai, at import
     from fastai.torch_basics import default_device
@@ -25,6 +26,9 @@ from ..eval.report import compare_report
 from ..crossdomain.adapt import adapt_folder
 from ..crossdomain.cluster import cluster_folder
 from ..crossdomain.systems import MMT, SpCL
+from ..export.core import export_onnx
+from ..export.folder import bench_onnx, embed_folder
+from ..export.predictor import onnx_meta
 from .run import must_exist, read_data
 from .run import _hw, _say, _writable
 from .start import find_network, open_model
@@ -162,3 +166,57 @@ def reid_adapt(
     adapt_folder(open_model(checkpoint, backbone, size), path, _writable(out), how, data, epochs, lr, p, k, pattern,
         num_workers=workers, seed=seed, resume=resume, dtype=_precisions[precision])
     _say(f'checkpoint    {Path(out)/"model.pt"}', f'labels        {Path(out)/"labels"}')
+
+# %% ../../nbs/15i_recipes.use.ipynb #c2a2f3a6
+def reid_export(
+    checkpoint:str, # Written by `reid train` or `save_reid`; or any file of weights
+    path:str='', # Images to try the file on, as for `reid eval`; by default drawn people
+    backbone:str='', # Network, as for `reid train`, if the file does not tell
+    size:str='', # Height x width of the network's input, pixels; by default as the file says
+    input_size:str='', # Height x width of the images that the ONNX file takes and resizes itself, pixels
+    layout:str='NHWC', # Order of the input: NHWC or NCHW
+    flip:bool=False, # Average with the mirror image?
+    camera:int=None, # Camera of all images, -1 for unknown; by default a second input where the model knows cameras
+    opset:int=18, # Version of the operators
+    out:str='model.onnx', # File to write
+):
+    "Write a model as ONNX, if the file computes the same"
+    check_options(dict(size=size))
+    data = read_data(path, test_frac=1.).check(progress=has_screen()) if path else None
+    model = open_model(checkpoint, backbone, size)
+    file = export_onnx(model, out, data, layout, _hw(input_size) if input_size else None, flip, camera, opset)
+    meta = onnx_meta(file)
+    found,(h,w) = meta['gate'],meta['input_size']
+    _say(f'file          {file}, {file.stat().st_size/2**20:.1f} MB', f'input         uint8 RGB {layout}, {h}x{w} pixels',
+        f'output        {meta["width"]} values of length 1', f'compared      {found["n"]} images: cosine to PyTorch '
+        f'{found["worst_cosine"]:.6f} at worst, mAP {100*found["mAP"]:.1f} % {100*found["mAP_change"]:+.2f}')
+
+# %% ../../nbs/15i_recipes.use.ipynb #4ff9abe6
+def reid_embed(
+    path:str, # Folder or zip archive of images
+    model:str='', # ONNX file, or any checkpoint or file of weights
+    backbone:str='', # Network, as for `reid train`, if a file of weights does not tell
+    size:str='', # Height x width of the network's input, pixels; by default as the file says
+    bs:int=32, # Images in a batch
+    workers:int=None, # Processes that read images; by default one per core
+    out:str='reid_embed', # Folder for emb.npy and images.csv; called again it goes on
+):
+    "Embed a folder of images, and go on where it stopped"
+    check_options(dict(size=size, workers=workers))
+    must_exist(path)
+    net = model if str(model).endswith('.onnx') else _any_network(model, backbone, size).to(default_device())
+    table = embed_folder(net, path, _writable(out), bs, workers, progress=has_screen())
+    bad = table[table.error!='']
+    _say(f'images        {len(table)-len(bad):,} embedded, {len(bad):,} cannot be read',
+        *(f'              {o}'[:120] for o in bad.error.head(5)),
+        f'features      {Path(out)/"emb.npy"}', f'images        {Path(out)/"images.csv"}')
+
+def reid_bench(
+    model:str, # ONNX file
+    batches:Annotated[int, dict(nargs='+')]=(1,8,32), # Images in a batch
+    threads:Annotated[int, dict(nargs='+')]=(1,2), # Threads of an operator
+    seconds:float=2., # Of measuring for each line
+):
+    "Measure how long an ONNX file takes on this machine"
+    table = bench_onnx(model, batches, threads, seconds)
+    _say('milliseconds of a batch, images per second, memory in MB', '', table.round(1).to_string(index=False))
