@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/export.folder.html.md"""
 # %% auto #0
 __all__ = ['OnnxModel', 'embed_folder', 'bench_onnx']
 
-# %% ../../nbs/12b_export.folder.ipynb #bd85b05b
+# %% ../../nbs/12b_export.folder.ipynb #7b7135f3
 import json, os, subprocess, sys
 import numpy as np, pandas as pd, torch
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..eval.extract import extract_rows
 from ..crossdomain.cluster import _folder_df
 from .predictor import Predictor
 
-# %% ../../nbs/12b_export.folder.ipynb #1644fd08
+# %% ../../nbs/12b_export.folder.ipynb #5638279b
 class OnnxModel(nn.Module):
     "A file by `export_onnx` for everything that takes a model: images in [0,1] to embeddings of length 1"
     def __init__(self,
@@ -45,14 +45,14 @@ class OnnxModel(nn.Module):
         if self.reid.meta['layout']=='NHWC': px = px.permute(0,2,3,1)
         return torch.from_numpy(self.reid.run(px.numpy(), None if camid is None else camid.numpy()))
 
-# %% ../../nbs/12b_export.folder.ipynb #212fd6af
+# %% ../../nbs/12b_export.folder.ipynb #d1808ff7
 def why_not(path):
     "Why an image cannot be read; '' if it can"
     try: read_image(path)
     except (ValueError,OSError) as e: return str(e)
-    return 
+    return ''
 
-# %% ../../nbs/12b_export.folder.ipynb #c22b85d2
+# %% ../../nbs/12b_export.folder.ipynb #7db167ce
 def embed_folder(
     model:str|Path|nn.Module, # File by `export_onnx`, or a model with a `preproc`
     folder:str|Path, # Folder or zip archive of images
@@ -71,7 +71,7 @@ def embed_folder(
     with atomic_path(out/'images.csv') as part: table.to_csv(part, index=False)
     return table
 
-# %% ../../nbs/12b_export.folder.ipynb #3653f0dd
+# %% ../../nbs/12b_export.folder.ipynb #698e01bd
 _call = 'import json,sys; from fastreid_nb.export.predictor import timed_runs; print(json.dumps(timed_runs(*json.loads(sys.argv[1]))))'
 
 def measured(path, bs, threads, seconds):
@@ -82,7 +82,7 @@ def measured(path, bs, threads, seconds):
     if done.returncode: raise ValueError(f'{path} could not be measured: {done.stderr.strip().splitlines()[-1]}')
     return json.loads(done.stdout)
 
-# %% ../../nbs/12b_export.folder.ipynb #e46bd511
+# %% ../../nbs/12b_export.folder.ipynb #e1ba4958
 def bench_onnx(
     path:str|Path, # File by `export_onnx`
     batches:tuple=(1,8,32), # Images in a batch

@@ -283,6 +283,6 @@ def reid_main(
         known = ', '.join(reid_commands)
         print(printable(f'reid: no command {name!r}; expected one of {known}'), file=sys.stderr)
         return 2
-    pos = ['name'] if name=='recipes' else ['path'] if name in ('train','tune') else None
+    pos = ['name'] if name=='recipes' else ['path'] if name in ('train','tune','export') else None
     parser = anno_parser(reid_commands[name], prog=f'reid {name}', pos=pos)
     return _obey(name, vars(parser.parse_args([_dashes(o) for o in rest])))
