@@ -95,9 +95,11 @@ def to_onnx(net, with_cameras, opset):
     if with_cameras: args.append(torch.zeros(2, dtype=torch.long))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        made = torch.onnx.export(net, tuple(args), dynamo=True, opset_version=opset, verbose=False,
-            input_names=['images','camid'][:len(args)], output_names=['emb'], dynamic_shapes=[{0:batch}]*len(args))
-    return made.model_proto
+        try: return torch.onnx.export(net, tuple(args), dynamo=True, opset_version=opset, verbose=False,
+            input_names=['images','camid'][:len(args)], output_names=['emb'], dynamic_shapes=[{0:batch}]*len(args)).model_proto
+        except torch.onnx.OnnxExporterError as e:
+            why = str(e.__cause__ or e).strip().splitlines()[0]
+            raise ValueError(f'{type(net.model).__name__} cannot be written as a graph: {why}') from e
 
 # %% ../../nbs/12_export.ipynb #3c357bd1
 def open_session(model):
@@ -182,7 +184,10 @@ class Runner:
     def file(self, raw, cams):
         "Embeddings (B,D) by the file"
         given = {k:o.numpy() for k,o in self.inputs(raw, cams).items()}
-        return torch.from_numpy(self.session.run(['emb'], given)[0])
+        try: return torch.from_numpy(self.session.run(['emb'], given)[0])
+        except Exception as e:
+            why = str(e).splitlines()[0]
+            raise ValueError(f'the file cannot run {len(raw)} images of {tuple(raw.shape[1:])}: {why}') from e
 
     def torch(self, raw, cams):
         "Embeddings (B,D) by the model, without anything that was written for the export"
