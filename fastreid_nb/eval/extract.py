@@ -115,6 +115,17 @@ def _complete(shards, skip_bad, *args):
         raise error
     shards.join()
 
+# %% ../../nbs/07n_eval.extract.ipynb #bb52661f
+def extract_rows(model, df, folder, preproc, bs, num_workers, dtype, shard, skip_bad, progress):
+    "Rows of a table on disk as a memory map, and the numbers of those whose images cannot be read; goes on where it stopped"
+    check_number('shard', shard, 1, whole=True)
+    if not len(df): raise ValueError('an empty table: expected one row or more')
+    folder,preproc = Path(folder),preproc_of(model, preproc)
+    manifest = open_manifest(folder, fingerprint(model, df, preproc, dtype), len(df), shard)
+    if not (folder/'emb.npy').exists():
+        _complete(Shards(folder, len(df), manifest['shard']), skip_bad, model, df, preproc, dtype, bs, num_workers, progress)
+    return [np.load(folder/o, mmap_mode=how) for o,how in (('emb.npy','r'),('bad.npy',None))]
+
 # %% ../../nbs/07n_eval.extract.ipynb #f108e257
 def extract(
     model:nn.Module, # (B,3,H,W) float in [0,1] → (B,D), in evaluation mode
@@ -130,13 +141,7 @@ def extract(
     progress:bool=True, # Show a bar, where there is a screen?
 )->Features: # A row per row of `df`, over a memory map
     "Embed a split to disk, and go on where an earlier call with the same model and split stopped"
-    check_number('shard', shard, 1, whole=True)
-    if not len(df): raise ValueError('an empty table: expected one row or more')
-    folder,preproc = Path(folder),preproc_of(model, preproc)
-    manifest = open_manifest(folder, fingerprint(model, df, preproc, dtype), len(df), shard)
-    if not (folder/'emb.npy').exists():
-        _complete(Shards(folder, len(df), manifest['shard']), skip_bad, model, df, preproc, dtype, bs, num_workers, progress)
-    emb,bad = (np.load(folder/o, mmap_mode=how) for o,how in (('emb.npy','r'),('bad.npy',None)))
+    emb,bad = extract_rows(model, df, folder, preproc, bs, num_workers, dtype, shard, skip_bad, progress)
     if not len(bad): return Features(emb, df, protocol)
     advice = 'repeat that, or give a new folder'
     if not skip_bad: raise ValueError(f'{folder} was made with skip_bad and lacks {len(bad)} images: {advice}')
