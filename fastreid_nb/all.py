@@ -82,6 +82,7 @@ from .eval.confusions import *
 from .eval.suspects import *
 from .eval.quality import *
 from .eval.report import *
+from .eval.agreement import *
 from .rerank.core import *
 from .rerank.expansion import *
 from .rerank.online import *
@@ -96,6 +97,8 @@ from .crossdomain.uda import *
 from .crossdomain.systems import *
 from .crossdomain.generalise import *
 from .crossdomain.adapt import *
+from .export.core import *
+from .export.predictor import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *
@@ -107,4 +110,5 @@ from .recipes.run import *
 from .recipes.tune import *
 from .recipes.publish import *
 from .recipes.start import *
+from .recipes.use import *
 from .recipes.cli import *

@@ -67,9 +67,11 @@ def check_images(x, n, least):
     if not fits: raise ValueError(f'expected a non-empty batch of images (B,{n},H,W), float in [0,1], '
         f'H and W at least {least}; got shape {tuple(x.shape)} of {x.dtype}')
 
+_exporting = getattr(torch.compiler, 'is_exporting', bool) # PyTorch 2.6 cannot tell
+
 def plain_tensor(x):
-    "A tensor without fastai's type; nothing is called on one that is plain"
-    return x if type(x) is torch.Tensor else x.as_subclass(torch.Tensor)
+    "A tensor without fastai's type; nothing is called on one that is plain, or on the stand-in of an export"
+    return x if type(x) is torch.Tensor or _exporting() else x.as_subclass(torch.Tensor)
 
 # %% ../../nbs/04a_heads.model.ipynb #25b39698
 @patch
