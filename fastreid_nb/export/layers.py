@@ -7,11 +7,11 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/export.layers.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/12e_export.layers.ipynb #49a25b7c
+# %% ../../nbs/12e_export.layers.ipynb #ab0674a3
 import numpy as np, torch
 from dataclasses import dataclass, field
 
-# %% ../../nbs/12e_export.layers.ipynb #54a3b1ed
+# %% ../../nbs/12e_export.layers.ipynb #da573e62
 def _varint(n):
     "A whole number in groups of seven bits, the lowest first; the eighth bit says that more follow"
     out = bytearray()
@@ -30,7 +30,7 @@ def _blob(a):
     dims = b''.join(map(_varint, a.shape))
     return _field(7, _field(1, dims))+_field(5, a.astype('<f4').tobytes())
 
-# %% ../../nbs/12e_export.layers.ipynb #910ef490
+# %% ../../nbs/12e_export.layers.ipynb #0e9cc2db
 def _text(key, val, deep=0):
     "A field as text; a list is the same field several times"
     if isinstance(val, list): return ''.join(_text(key, o, deep) for o in val)
@@ -42,7 +42,7 @@ def _text(key, val, deep=0):
 
 def _quoted(names): return [f'"{o}"' for o in names]
 
-# %% ../../nbs/12e_export.layers.ipynb #346fb274
+# %% ../../nbs/12e_export.layers.ipynb #ed620d98
 @dataclass
 class CaffeLayer:
     "A layer of the text, and its weights"
@@ -63,7 +63,7 @@ class CaffeLayer:
         head = _field(1, self.name.encode())+_field(2, self.kind.encode())
         return _field(100, head+b''.join(_field(7, _blob(o)) for o in self.blobs))
 
-# %% ../../nbs/12e_export.layers.ipynb #b84e8b87
+# %% ../../nbs/12e_export.layers.ipynb #c2b40a43
 class CaffeNet:
     "Layers in their order, and what is known of a graph of PyTorch while it is translated"
     def __init__(self, size, rules=None):
@@ -88,7 +88,7 @@ class CaffeNet:
     def prototxt(self): return 'name: "fastreid_nb"\n'+''.join(o.text() for o in self.layers)
     def caffemodel(self): return _field(1, b'fastreid_nb')+b''.join(o.binary() for o in self.layers)
 
-# %% ../../nbs/12e_export.layers.ipynb #f57ed399
+# %% ../../nbs/12e_export.layers.ipynb #88395f1a
 def _opencv():
     "OpenCV's module of networks, with its reader of Caffe's files"
     advice = 'Caffe files are checked by OpenCV: pip install "fastreid-nb[caffe]"'
@@ -106,7 +106,7 @@ def _forward(reader, x, top):
     reader.setInput(np.ascontiguousarray(x, dtype=np.float32))
     return reader.forward(top)
 
-# %% ../../nbs/12e_export.layers.ipynb #bfff6ac4
+# %% ../../nbs/12e_export.layers.ipynb #735f4172
 _idle = {'clone','contiguous','dropout','alias','detach','lift_fresh_copy','_assert_tensor_metadata','_to_copy'}
 
 def _op(node):
@@ -124,7 +124,7 @@ def _shape(node):
     val = node.meta['val']
     return tuple((val[0] if isinstance(val, (tuple,list)) else val).shape)
 
-# %% ../../nbs/12e_export.layers.ipynb #4310a724
+# %% ../../nbs/12e_export.layers.ipynb #362b4e71
 def _is_idle(node):
     "Does this node hand on what it gets?"
     if node.op!='call_function' or not node.args or not isinstance(node.args[0], torch.fx.Node): return False
@@ -140,14 +140,14 @@ def _traced(module, size):
         program.graph.erase_node(node)
     return program
 
-# %% ../../nbs/12e_export.layers.ipynb #1f923a90
+# %% ../../nbs/12e_export.layers.ipynb #87ad3a27
 _rules = {}   # operation to function(net, node, *arguments)
 
 def _cannot(node, why=''):
     "The error for what Caffe has no layer for"
     at = _stack(node)
     op = f'{_op(node)} ({why})' if why else _op(node)
-    return ValueError(f'{at[-1] if at else "input"}: Caffe has no layer for {op}; export this model to ONNX')
+    return ValueError(f'{at[-1] if at else "model"}: Caffe has no layer for {op}; export this model to ONNX')
 
 def _is_map(net, x): return isinstance(x, torch.fx.Node) and x not in net.consts
 
@@ -155,12 +155,12 @@ def _const(net, x):
     "A number, a parameter or a buffer as an array"
     return net.consts[x] if isinstance(x, torch.fx.Node) else np.array([x], dtype=np.float64)
 
-# %% ../../nbs/12e_export.layers.ipynb #30ab5936
+# %% ../../nbs/12e_export.layers.ipynb #6f62da8d
 def _follow(net, node):
     "Translate one node"
     rule = net.rules.get(_op(node))
     if rule is None: raise _cannot(node)
-    net.here = next(reversed(_stack(node)), 'input')
+    net.here = next(reversed(_stack(node)), 'model')
     net.vals[node] = top = rule(net, node, *node.args, **node.kwargs)
     for path in reversed(_stack(node)):
         net.ends.pop(path, None)   # later modules come later
@@ -173,7 +173,7 @@ def _tensors(program):
     known = {**program.state_dict, **program.constants}
     return {k:known[v].detach().double().numpy() for k,v in where.items()}
 
-# %% ../../nbs/12e_export.layers.ipynb #9b1b4a60
+# %% ../../nbs/12e_export.layers.ipynb #34b94af4
 def _rename(net, old, new):
     "Call a layer and its top `new`"
     for o in net.layers: o.bottoms = [new if k==old else k for k in o.bottoms]
@@ -192,7 +192,7 @@ def _translate(module, size, rules=_rules):
         elif node.op=='output': _rename(net, net.vals[node.args[0][0]], 'emb')
     return net
 
-# %% ../../nbs/12e_export.layers.ipynb #14daa56f
+# %% ../../nbs/12e_export.layers.ipynb #3dd37be4
 def _affine(net, x, scale, shift):
     "Multiply and shift the channels of a map, in the layer that made it if nobody else reads it"
     scale,shift = (np.broadcast_to(o, _shape(x)[1]).astype(np.float64) for o in (scale, shift))
@@ -212,7 +212,7 @@ def _batch_norm(net, node, x, w, b, mean, var, momentum, eps):
 
 _rules |= dict(_native_batch_norm_legit_no_training=_batch_norm)
 
-# %% ../../nbs/12e_export.layers.ipynb #23a500bc
+# %% ../../nbs/12e_export.layers.ipynb #0f5a03cb
 def _by_axis(name, v): return {f'{name}_h':int(v[0]), f'{name}_w':int(v[-1])}
 
 def _conv(net, node, x, w, b=None, stride=(1,1), padding=(0,0), dilation=(1,1), groups=1):
@@ -231,7 +231,7 @@ def _linear(net, node, x, w, b=None):
 
 _rules |= dict(conv2d=_conv, linear=_linear)
 
-# %% ../../nbs/12e_export.layers.ipynb #6b33bb32
+# %% ../../nbs/12e_export.layers.ipynb #9f50d432
 def _per_channel(net, node, x, c):
     "A constant as one number per channel of `x`, or one for all"
     c = _const(net, c)
@@ -244,12 +244,13 @@ def _reshaped(net, top, *dims): return net.add('Reshape', [top], dict(reshape_pa
 
 def _is_gate(g, x): return _shape(g)[:2]==_shape(x)[:2] and all(o==1 for o in _shape(g)[2:])
 
-# %% ../../nbs/12e_export.layers.ipynb #ce4dab2d
+# %% ../../nbs/12e_export.layers.ipynb #b6715c06
 def _scaled(net, top, gate): return net.add('Scale', [top, gate], dict(scale_param=dict(axis=0)))
 
 def _eltwise(net, a, b, how, **params):
     return net.add('Eltwise', [a, b], dict(eltwise_param=dict(operation=how, **params)))
 
+# %% ../../nbs/12e_export.layers.ipynb #6be8dc31
 def _sum(net, node, a, b, alpha=1):
     "`a`+`b`, or `a`-`b`"
     if _op(node)=='rsub': a,b = b,a
@@ -267,14 +268,14 @@ def _product(net, node, a, b):
     if not _is_gate(b, a): raise _cannot(node, f'the shapes {_shape(a)} and {_shape(b)} differ')
     return _scaled(net, net.vals[a], _reshaped(net, net.vals[b], _shape(b)[1]))
 
-# %% ../../nbs/12e_export.layers.ipynb #2a653dd8
+# %% ../../nbs/12e_export.layers.ipynb #cef90525
 def _quotient(net, node, a, b):
     if _is_map(net, b): raise _cannot(node, 'division by a map')
     return _affine(net, a, 1/_per_channel(net, node, a, b), 0)
 
 _rules |= dict(add=_sum, sub=_sum, rsub=_sum, mul=_product, div=_quotient)
 
-# %% ../../nbs/12e_export.layers.ipynb #5e5e9e02
+# %% ../../nbs/12e_export.layers.ipynb #00c45978
 def _power(net, top, power=1., scale=1., shift=0.):
     values = dict(power=float(power), scale=float(scale), shift=float(shift))
     return net.add('Power', [top], dict(power_param=values))
@@ -293,7 +294,7 @@ def _layer(kind):
 _rules |= dict(relu=_layer('ReLU'), sigmoid=_layer('Sigmoid'), tanh=_layer('TanH'), abs=_layer('AbsVal'),
     hardtanh=_clamp, clamp=_clamp, clamp_min=_clamp)
 
-# %% ../../nbs/12e_export.layers.ipynb #17bb0267
+# %% ../../nbs/12e_export.layers.ipynb #6015f3f2
 def _leaky_relu(net, node, x, slope=.01):
     return net.add('ReLU', [net.vals[x]], dict(relu_param=dict(negative_slope=float(slope))))
 
@@ -301,7 +302,7 @@ def _pow(net, node, x, p): return _power(net, net.vals[x], p)
 
 _rules |= dict(leaky_relu=_leaky_relu, pow=_pow)
 
-# %% ../../nbs/12e_export.layers.ipynb #5d37fb00
+# %% ../../nbs/12e_export.layers.ipynb #8b823777
 def _hardsigmoid(net, node, x): return _power(net, _clamp(net, node, x, -3, 3), scale=1/6, shift=.5)
 def _hardswish(net, node, x): return _eltwise(net, net.vals[x], _hardsigmoid(net, node, x), 'PROD')
 def _silu(net, node, x): return _eltwise(net, net.vals[x], net.add('Sigmoid', [net.vals[x]]), 'PROD')

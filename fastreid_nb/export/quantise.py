@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/export.quantise.html.md"""
 # %% auto #0
 __all__ = ['quantise_onnx', 'precision_table', 'quantise_pt2e']
 
-# %% ../../nbs/12c_export.quantise.ipynb #e3e11b00
+# %% ../../nbs/12c_export.quantise.ipynb #1df54742
 import logging, numpy as np, pandas as pd, torch
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from ..eval.inference import as_list
 from .core import Deployed, Runner, both_ways, gate, open_session, plain_copy, write_onnx
 from .predictor import Predictor, onnx_meta
 
-# %% ../../nbs/12c_export.quantise.ipynb #e7ddf8ba
+# %% ../../nbs/12c_export.quantise.ipynb #1a1d9c20
 _fewest = 16
 
 def _drawn(found, most): return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:most]]
@@ -50,7 +50,7 @@ def _feeds(images, meta, most, bs=8):
     if 'camid' not in meta['inputs']: return parts
     return [o|dict(camid=np.full(len(o['images']), -1)) for o in parts]
 
-# %% ../../nbs/12c_export.quantise.ipynb #1fdcfb6b
+# %% ../../nbs/12c_export.quantise.ipynb #26883d7f
 _ops = ['Conv','MatMul','Gemm','Add','MaxPool','Concat','AveragePool','GlobalAveragePool']
 
 @contextmanager
@@ -71,7 +71,7 @@ def _embeddings(proto, feeds):
     session = open_session(proto if isinstance(proto, (str,Path)) else proto.SerializeToString())
     return torch.from_numpy(np.concatenate([session.run(['emb'], o)[0] for o in feeds]))
 
-# %% ../../nbs/12c_export.quantise.ipynb #d8c5bad2
+# %% ../../nbs/12c_export.quantise.ipynb #1023162f
 @dataclass
 class Quantiser:
     "A file, and the ranges of its maps on some images"
@@ -103,7 +103,7 @@ class Quantiser:
         if not nodes: return 0.
         return 1-torch.cosine_similarity(_embeddings(self.make(nodes), self.judges), self.want).mean().item()
 
-# %% ../../nbs/12c_export.quantise.ipynb #3da7c1b3
+# %% ../../nbs/12c_export.quantise.ipynb #e9ed54c4
 def _worst_node(nodes, lost):
     "The operation that loses most by itself, found by halving"
     while len(nodes)>1:
@@ -126,7 +126,7 @@ def _layers(q, names):
     found = {o.name:next((k for k in o.input if k.endswith('.weight')), o.name) for o in q.graph.node}
     return [found[o].removeprefix('model.').removesuffix('.weight') for o in names]
 
-# %% ../../nbs/12c_export.quantise.ipynb #2320c90d
+# %% ../../nbs/12c_export.quantise.ipynb #67df205f
 @dataclass(frozen=True)
 class Tolerance:
     "What a file may differ from the model"
@@ -149,28 +149,36 @@ def _keep(to, proto, meta, model, images):
         write_onnx(part, proto, meta|dict(gate=found))
     return Path(to)
 
-# %% ../../nbs/12c_export.quantise.ipynb #1463d010
-_full = ['ReduceLogSumExp','ReduceL2','Log','Exp','InstanceNormalization','LayerNormalization','Softmax']
+# %% ../../nbs/12c_export.quantise.ipynb #b9ffe6ec
+_full = ['InstanceNormalization','LayerNormalization','Softmax']
+_weighted = 'Conv','MatMul','Gemm'
+
+def _ends(graph):
+    "Names of the nodes in front of the first layer with weights, and behind the last one"
+    at = [i for i,o in enumerate(graph.node) if o.op_type in _weighted] or [0]
+    return [o.name for i,o in enumerate(graph.node) if not at[0]<=i<=at[-1]]
 
 def _half(path, folder):
-    "The graph in float16; input and output stay as they are"
+    "The graph in float16, but for its ends; input and output stay as they are"
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
-    blocked = [*DEFAULT_OP_BLOCK_LIST, *_full]
-    with _quiet(): return convert_float_to_float16(onnx.load(path), keep_io_types=True, op_block_list=blocked)
+    proto,blocked = onnx.load(path),[*DEFAULT_OP_BLOCK_LIST, *_full]
+    with _quiet(): return convert_float_to_float16(proto, keep_io_types=True, op_block_list=blocked,
+        node_block_list=_ends(proto.graph))
 
+# %% ../../nbs/12c_export.quantise.ipynb #50511cf6
 def _dynamic(path, folder):
     "The graph with the weights of matrix products in bytes"
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    kinds = ['MatMul','Gemm']
+    kinds = _weighted[1:]
     if not any(o.op_type in kinds for o in onnx.load(path).graph.node): raise ValueError('this network has no matrix '
         "product, and dynamic quantisation changes nothing else: use how='int8'")
     out = folder/'dynamic.onnx'
-    with _quiet(): quantize_dynamic(path, out, op_types_to_quantize=kinds, per_channel=True, weight_type=QuantType.QInt8)
+    with _quiet(): quantize_dynamic(path, out, op_types_to_quantize=[*kinds], per_channel=True, weight_type=QuantType.QInt8)
     return onnx.load(out)
 
-# %% ../../nbs/12c_export.quantise.ipynb #1056caed
+# %% ../../nbs/12c_export.quantise.ipynb #1f4c54ed
 _runtimes = 'onnxruntime','tensorrt','openvino'
 
 def _int8(path, folder, images, runtime, most_float, most_images):
@@ -180,7 +188,7 @@ def _int8(path, folder, images, runtime, most_float, most_images):
     left = _sensitive(q, most_float, (1-tolerances['int8'].mean)/2)
     return q.make([o for o in q.nodes if o not in left]),dict(left_float=_layers(q, left), runtime=runtime)
 
-# %% ../../nbs/12c_export.quantise.ipynb #2d9cbf32
+# %% ../../nbs/12c_export.quantise.ipynb #3f0e7585
 def quantise_onnx(
     path:str|Path, # File by `export_onnx`, in float32
     model:nn.Module, # What it was made from
@@ -204,7 +212,7 @@ def quantise_onnx(
     to = Path(to or path.with_name(f'{path.stem}_{how}.onnx'))
     return _keep(to, proto, meta|dict(precision=how)|more, model, images)
 
-# %% ../../nbs/12c_export.quantise.ipynb #1b020835
+# %% ../../nbs/12c_export.quantise.ipynb #7ad8fdf7
 def precision_table(
     files:dict, # Name to file by `export_onnx` or `quantise_onnx`, the float one first
     model:nn.Module, # What they were made from
@@ -228,7 +236,7 @@ def precision_table(
     df.insert(2, 'images_per_s', [bs/times[k] for k in files])
     return df
 
-# %% ../../nbs/12c_export.quantise.ipynb #a1c22bd8
+# %% ../../nbs/12c_export.quantise.ipynb #a8cfe675
 def _apart(program):
     "Note each operation of a program as a module of its own"
     for node in program.graph.nodes:
@@ -248,7 +256,7 @@ def _torchao():
     quantiser.set_global(x86.get_default_x86_inductor_quantization_config())
     return quantiser,prepare_pt2e,convert_pt2e
 
-# %% ../../nbs/12c_export.quantise.ipynb #56bf6946
+# %% ../../nbs/12c_export.quantise.ipynb #2178a1f0
 @dataclass
 class _Module:
     "A module that looks like a session of onnxruntime"
@@ -266,7 +274,7 @@ def _check_pt2e(net, model, images):
     if res.mean_cosine>=least.mean and res.worst_cosine>=least.worst and moved>=-least.drop: return res
     raise ValueError(f'the integer program does not compute what the model computes. {res}; expected {least}')
 
-# %% ../../nbs/12c_export.quantise.ipynb #fa49e80b
+# %% ../../nbs/12c_export.quantise.ipynb #95ea5423
 def quantise_pt2e(
     model:nn.Module, # A `ReIDModel` without cameras; it is left as it is
     images, # `ReIDData`, folder or images to calibrate on, 16 or more
