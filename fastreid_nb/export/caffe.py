@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/export.caffe.html.md"""
 # %% auto #0
 __all__ = ['export_caffe', 'run_caffe']
 
-# %% ../../nbs/12f_export.caffe.ipynb #d2acd3d8
+# %% ../../nbs/12f_export.caffe.ipynb #b359712e
 import math, numpy as np, re, torch, zlib
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ from ..heads.model import ReIDModel
 from .layers import _batch_norm, _by_axis, _cannot, _const, _forward, _is_map, _opencv, _power
 from .layers import _reader, _reshaped, _rules, _scaled, _shape, _translate
 
-# %% ../../nbs/12f_export.caffe.ipynb #6fbdccc3
+# %% ../../nbs/12f_export.caffe.ipynb #ea7080d1
 def _caffe_size(n, kernel, stride, pad):
     "How many windows Caffe's pooling has on `n` positions"
     out = math.ceil((n+2*pad-kernel)/stride)+1
     return out-(pad>0 and (out-1)*stride>=n+pad)   # none begins in the border on the right
 
-# %% ../../nbs/12f_export.caffe.ipynb #c1b497be
+# %% ../../nbs/12f_export.caffe.ipynb #e788ef36
 _all_rules = dict(_rules)   # operation to function(net, node, *arguments)
 
-# %% ../../nbs/12f_export.caffe.ipynb #30fc5fdf
+# %% ../../nbs/12f_export.caffe.ipynb #65bd850d
 def _cut(net, top, axis, points):
     params = dict(axis=axis, slice_point=[int(o) for o in points])
     return net.add('Slice', [top], dict(slice_param=params), n=len(points)+1)
@@ -48,7 +48,7 @@ def _pair(v):
     v = [v] if isinstance(v, int) else list(v)
     return v*2 if len(v)==1 else v
 
-# %% ../../nbs/12f_export.caffe.ipynb #3e7522e8
+# %% ../../nbs/12f_export.caffe.ipynb #e239efc9
 def _max_pool(net, node, x, kernel, stride=(), pad=0, dilation=1, ceil_mode=False):
     if _pair(dilation)!=[1,1]: raise _cannot(node, 'dilated pooling')
     return _pool(net, node, x, 'MAX', _pair(kernel), _pair(stride or kernel), _pair(pad))
@@ -63,7 +63,7 @@ def _adaptive(net, node, x, size):
     kernel = [a//b for a,b in zip(n, out)]
     return _pool(net, node, x, 'AVE', kernel, kernel, [0,0])
 
-# %% ../../nbs/12f_export.caffe.ipynb #d98e4f11
+# %% ../../nbs/12f_export.caffe.ipynb #a19c9d2a
 def _whole(net, top, how): return net.add('Pooling', [top], dict(pooling_param=dict(pool=how, global_pooling=True)))
 
 def _reduce(how):
@@ -78,7 +78,7 @@ def _reduce(how):
 _all_rules |= dict(max_pool2d=_max_pool, avg_pool2d=_avg_pool, adaptive_avg_pool2d=_adaptive, mean=_reduce('AVE'),
     amax=_reduce('MAX'))
 
-# %% ../../nbs/12f_export.caffe.ipynb #1e48bf2c
+# %% ../../nbs/12f_export.caffe.ipynb #cebcb4a4
 def _slice(net, node, x, dim=0, start=0, end=None, step=1):
     n,new = _shape(x)[dim],_shape(node)[dim]
     if n==new: return net.vals[x]
@@ -97,7 +97,7 @@ def _cat(net, node, maps, dim=0):
     params = dict(axis=dim%len(_shape(node)))
     return net.add('Concat', [net.vals[o] for o in maps], dict(concat_param=params))
 
-# %% ../../nbs/12f_export.caffe.ipynb #92fadcaa
+# %% ../../nbs/12f_export.caffe.ipynb #f2759492
 def _reshape(net, node, x, *rest):
     if _shape(node)==_shape(x): return net.vals[x]
     if _shape(node)[0]!=_shape(x)[0]: raise _cannot(node, 'images of a batch in one row')
@@ -108,7 +108,7 @@ def _item(net, node, x, i): return net.vals[x][i]
 _all_rules |= dict(slice=_slice, split=_split, split_with_sizes=_split, getitem=_item, cat=_cat)
 _all_rules |= dict.fromkeys(('view','_unsafe_view','reshape','flatten','unsqueeze','squeeze','unflatten'), _reshape)
 
-# %% ../../nbs/12f_export.caffe.ipynb #3687629c
+# %% ../../nbs/12f_export.caffe.ipynb #46fa999d
 def _instance_norm(net, node, x, w, b, mean, var, use_input, momentum, eps, cudnn=False):
     if not use_input: return _batch_norm(net, node, x, w, b, mean, var, momentum, eps)
     centred = net.add('MVN', [net.vals[x]], dict(mvn_param=dict(normalize_variance=False)))
@@ -121,7 +121,7 @@ def _instance_norm(net, node, x, w, b, mean, var, use_input, momentum, eps, cudn
 
 _all_rules |= dict(instance_norm=_instance_norm)
 
-# %% ../../nbs/12f_export.caffe.ipynb #c239fdaa
+# %% ../../nbs/12f_export.caffe.ipynb #486a2f6f
 class PlainGeM(nn.Module):
     "`GeM` as its formula has it, with the exponent as a number"
     def __init__(self,
@@ -135,7 +135,7 @@ class PlainGeM(nn.Module):
     ): # Feature, (B,C)
         return fmap.clamp(min=self.eps).pow(self.p).mean((2,3)).pow(1/self.p)
 
-# %% ../../nbs/12f_export.caffe.ipynb #b2d12928
+# %% ../../nbs/12f_export.caffe.ipynb #911204e5
 class ByteModel(nn.Module):
     "A copy of a model that takes values from 0 to 255, with plain operations only"
     def __init__(self,
@@ -158,7 +158,7 @@ def _check_model(model):
     if not usual: raise ValueError(f'expected a ReIDModel of backbone, pooling and head, got {type(model).__name__}')
     if model.n_cams: raise ValueError('this model takes cameras as a second input, which Caffe files do not have')
 
-# %% ../../nbs/12f_export.caffe.ipynb #3f61444f
+# %% ../../nbs/12f_export.caffe.ipynb #85525dcb
 _least_cosine = .9999
 
 def _probe(size):
@@ -179,7 +179,7 @@ def _worst_cosine(reader, module, x):
         found.append(torch.cosine_similarity(got, want[:n]).min().item())
     return min(found)
 
-# %% ../../nbs/12f_export.caffe.ipynb #554e54cf
+# %% ../../nbs/12f_export.caffe.ipynb #175e9748
 def _outputs(module, paths, x):
     "What the modules at `paths` give for a batch"
     found,model = {},module.model
@@ -200,7 +200,7 @@ def _first_difference(net, module, x):
         if not same: return path
     return 'the end of the head' 
 
-# %% ../../nbs/12f_export.caffe.ipynb #4cff3b9e
+# %% ../../nbs/12f_export.caffe.ipynb #66c1d58b
 @dataclass
 class CaffeFiles:
     "Two files, and how well they agree with PyTorch"
@@ -219,7 +219,7 @@ def _comments(model, raw):
         'mean and std are inside; output: emb, not scaled to length 1', f'weights: crc32 {zlib.crc32(raw):08x}']
     return ''.join(f'# {o}\n' for o in rows)
 
-# %% ../../nbs/12f_export.caffe.ipynb #ff0a0625
+# %% ../../nbs/12f_export.caffe.ipynb #c470a5fb
 def export_caffe(
     model:ReIDModel, # Of convolutions and what stands in this notebook; it is left as it is
     path:str|Path='model.prototxt', # Text of the layers; the weights go beside it, with the ending .caffemodel
@@ -243,7 +243,7 @@ def export_caffe(
                 f'{_least_cosine} or more); the first difference is in {where}. Nothing was written')
     return CaffeFiles(path, path.with_suffix('.caffemodel'), len(net.layers), worst)
 
-# %% ../../nbs/12f_export.caffe.ipynb #a436f477
+# %% ../../nbs/12f_export.caffe.ipynb #c0abaf92
 def _file_pair(path):
     "Bytes of both files; the weights must be those that the text was written with"
     path = Path(path).with_suffix('.prototxt')
@@ -257,7 +257,7 @@ def _file_pair(path):
         raise ValueError(f'{printable(both[1])} is not the file that {path.name} was written with: export both again')
     return text,raw
 
-# %% ../../nbs/12f_export.caffe.ipynb #46246df8
+# %% ../../nbs/12f_export.caffe.ipynb #5c981326
 def run_caffe(
     path:str|Path, # Either of the two files
     images, # (B,3,H,W) uint8 RGB, tensor or array, in the size of the network

@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/export.quantise.html.md"""
 # %% auto #0
 __all__ = ['quantise_onnx', 'precision_table', 'quantise_pt2e']
 
-# %% ../../nbs/12c_export.quantise.ipynb #1df54742
+# %% ../../nbs/12c_export.quantise.ipynb #ad2977b3
 import logging, numpy as np, pandas as pd, torch
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +25,7 @@ from ..eval.inference import as_list
 from .core import Deployed, Runner, both_ways, gate, open_session, plain_copy, write_onnx
 from .predictor import Predictor, onnx_meta
 
-# %% ../../nbs/12c_export.quantise.ipynb #1a1d9c20
+# %% ../../nbs/12c_export.quantise.ipynb #ba03a6e5
 _fewest = 16
 
 def _drawn(found, most): return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:most]]
@@ -50,7 +50,7 @@ def _feeds(images, meta, most, bs=8):
     if 'camid' not in meta['inputs']: return parts
     return [o|dict(camid=np.full(len(o['images']), -1)) for o in parts]
 
-# %% ../../nbs/12c_export.quantise.ipynb #26883d7f
+# %% ../../nbs/12c_export.quantise.ipynb #54aee36e
 _ops = ['Conv','MatMul','Gemm','Add','MaxPool','Concat','AveragePool','GlobalAveragePool']
 
 @contextmanager
@@ -71,7 +71,7 @@ def _embeddings(proto, feeds):
     session = open_session(proto if isinstance(proto, (str,Path)) else proto.SerializeToString())
     return torch.from_numpy(np.concatenate([session.run(['emb'], o)[0] for o in feeds]))
 
-# %% ../../nbs/12c_export.quantise.ipynb #1023162f
+# %% ../../nbs/12c_export.quantise.ipynb #5d2bb104
 @dataclass
 class Quantiser:
     "A file, and the ranges of its maps on some images"
@@ -103,7 +103,7 @@ class Quantiser:
         if not nodes: return 0.
         return 1-torch.cosine_similarity(_embeddings(self.make(nodes), self.judges), self.want).mean().item()
 
-# %% ../../nbs/12c_export.quantise.ipynb #e9ed54c4
+# %% ../../nbs/12c_export.quantise.ipynb #a91a3393
 def _worst_node(nodes, lost):
     "The operation that loses most by itself, found by halving"
     while len(nodes)>1:
@@ -111,9 +111,9 @@ def _worst_node(nodes, lost):
         nodes = max(nodes[:middle], nodes[middle:], key=lost)
     return nodes[0]
 
-def _sensitive(q, most, allowed):
-    "Operations to leave in float, so that no more than `allowed` of the cosine is lost"
-    left = []
+def _sensitive(q, most, allowed, left=()):
+    "Operations to leave in float besides `left`, so that no more than `allowed` of the cosine is lost"
+    left = [*left]
     while (now := q.lost([o for o in q.nodes if o not in left]))>allowed:
         if len(left)>=min(most, len(q.nodes)-1): raise ValueError(f'with {len(left)} of {len(q.nodes)} operations in '
             f'float ({", ".join(_layers(q, left))}) the mean cosine is still {1-now:.4f}, expected {1-allowed}: '
@@ -126,7 +126,7 @@ def _layers(q, names):
     found = {o.name:next((k for k in o.input if k.endswith('.weight')), o.name) for o in q.graph.node}
     return [found[o].removeprefix('model.').removesuffix('.weight') for o in names]
 
-# %% ../../nbs/12c_export.quantise.ipynb #67df205f
+# %% ../../nbs/12c_export.quantise.ipynb #3733ccdc
 @dataclass(frozen=True)
 class Tolerance:
     "What a file may differ from the model"
@@ -149,7 +149,7 @@ def _keep(to, proto, meta, model, images):
         write_onnx(part, proto, meta|dict(gate=found))
     return Path(to)
 
-# %% ../../nbs/12c_export.quantise.ipynb #b9ffe6ec
+# %% ../../nbs/12c_export.quantise.ipynb #1adb50b7
 _full = ['InstanceNormalization','LayerNormalization','Softmax']
 _weighted = 'Conv','MatMul','Gemm'
 
@@ -166,7 +166,7 @@ def _half(path, folder):
     with _quiet(): return convert_float_to_float16(proto, keep_io_types=True, op_block_list=blocked,
         node_block_list=_ends(proto.graph))
 
-# %% ../../nbs/12c_export.quantise.ipynb #50511cf6
+# %% ../../nbs/12c_export.quantise.ipynb #4c0fc1c8
 def _dynamic(path, folder):
     "The graph with the weights of matrix products in bytes"
     import onnx
@@ -178,17 +178,26 @@ def _dynamic(path, folder):
     with _quiet(): quantize_dynamic(path, out, op_types_to_quantize=[*kinds], per_channel=True, weight_type=QuantType.QInt8)
     return onnx.load(out)
 
-# %% ../../nbs/12c_export.quantise.ipynb #1f4c54ed
+# %% ../../nbs/12c_export.quantise.ipynb #86587dc5
 _runtimes = 'onnxruntime','tensorrt','openvino'
 
 def _int8(path, folder, images, runtime, most_float, most_images):
-    "The graph in integers, and what was left in float"
-    feeds = _feeds(images, onnx_meta(path), most_images)
+    "Graphs in integers, each more faithful than the one before, and what they left in float"
+    feeds,left = _feeds(images, onnx_meta(path), most_images),[]
     q = Quantiser(path, feeds, runtime!='onnxruntime', folder)
-    left = _sensitive(q, most_float, (1-tolerances['int8'].mean)/2)
-    return q.make([o for o in q.nodes if o not in left]),dict(left_float=_layers(q, left), runtime=runtime)
+    for share in (.5,.25,.1):
+        left = _sensitive(q, most_float, share*(1-tolerances['int8'].mean), left)
+        nodes = [o for o in q.nodes if o not in left]
+        yield q.make(nodes),dict(left_float=_layers(q, left), runtime=runtime)
 
-# %% ../../nbs/12c_export.quantise.ipynb #3f0e7585
+def _first(tries, keep):
+    "What `keep` makes of the first graph that it does not refuse"
+    for proto,more in tries:
+        try: return keep(proto, more)
+        except ValueError as e: error = e
+    raise error
+
+# %% ../../nbs/12c_export.quantise.ipynb #0409a0d9
 def quantise_onnx(
     path:str|Path, # File by `export_onnx`, in float32
     model:nn.Module, # What it was made from
@@ -206,13 +215,13 @@ def quantise_onnx(
     path,meta = Path(path),onnx_meta(path)
     if meta['precision']!='float32': raise ValueError(f'{path} is in {meta["precision"]}: expected a float32 file')
     if how=='int8' and images is None: raise ValueError("how='int8' needs images to calibrate on: your own")
-    with TemporaryDirectory() as d:
-        if how=='int8': proto,more = _int8(path, Path(d), images, runtime, most_float, most_images)
-        else: proto,more = (_half if how=='float16' else _dynamic)(path, Path(d)),{}
     to = Path(to or path.with_name(f'{path.stem}_{how}.onnx'))
-    return _keep(to, proto, meta|dict(precision=how)|more, model, images)
+    def keep(proto, more): return _keep(to, proto, meta|dict(precision=how)|more, model, images)
+    with TemporaryDirectory() as d:
+        if how=='int8': return _first(_int8(path, Path(d), images, runtime, most_float, most_images), keep)
+        return keep((_half if how=='float16' else _dynamic)(path, Path(d)), {})
 
-# %% ../../nbs/12c_export.quantise.ipynb #7ad8fdf7
+# %% ../../nbs/12c_export.quantise.ipynb #b9550392
 def precision_table(
     files:dict, # Name to file by `export_onnx` or `quantise_onnx`, the float one first
     model:nn.Module, # What they were made from
@@ -236,7 +245,7 @@ def precision_table(
     df.insert(2, 'images_per_s', [bs/times[k] for k in files])
     return df
 
-# %% ../../nbs/12c_export.quantise.ipynb #a8cfe675
+# %% ../../nbs/12c_export.quantise.ipynb #2bf0cf17
 def _apart(program):
     "Note each operation of a program as a module of its own"
     for node in program.graph.nodes:
@@ -256,7 +265,7 @@ def _torchao():
     quantiser.set_global(x86.get_default_x86_inductor_quantization_config())
     return quantiser,prepare_pt2e,convert_pt2e
 
-# %% ../../nbs/12c_export.quantise.ipynb #2178a1f0
+# %% ../../nbs/12c_export.quantise.ipynb #e52a35a1
 @dataclass
 class _Module:
     "A module that looks like a session of onnxruntime"
@@ -274,7 +283,7 @@ def _check_pt2e(net, model, images):
     if res.mean_cosine>=least.mean and res.worst_cosine>=least.worst and moved>=-least.drop: return res
     raise ValueError(f'the integer program does not compute what the model computes. {res}; expected {least}')
 
-# %% ../../nbs/12c_export.quantise.ipynb #95ea5423
+# %% ../../nbs/12c_export.quantise.ipynb #753a257d
 def quantise_pt2e(
     model:nn.Module, # A `ReIDModel` without cameras; it is left as it is
     images, # `ReIDData`, folder or images to calibrate on, 16 or more
