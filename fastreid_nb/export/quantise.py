@@ -158,13 +158,25 @@ def _ends(graph):
     at = [i for i,o in enumerate(graph.node) if o.op_type in _weighted] or [0]
     return [o.name for i,o in enumerate(graph.node) if not at[0]<=i<=at[-1]]
 
+def _straighten(graph):
+    "Where a number goes to float16 and straight back, leave it in float32"
+    half,single = 10,1   # what ONNX calls them
+    casts = {o.output[0]:o for o in graph.node if o.op_type=='Cast'}
+    kind = {k:o.attribute[0].i for k,o in casts.items()}
+    for k,o in casts.items():
+        if kind[k]==single and kind.get(o.input[0])==half: o.input[0] = casts[o.input[0]].input[0]
+    read = {k for o in graph.node for k in o.input}|{o.name for o in graph.output}
+    for k in kind.keys()-read: graph.node.remove(casts[k])
+
 def _half(path, folder):
     "The graph in float16, but for its ends; input and output stay as they are"
     import onnx
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     proto,blocked = onnx.load(path),[*DEFAULT_OP_BLOCK_LIST, *_full]
-    with _quiet(): return convert_float_to_float16(proto, keep_io_types=True, op_block_list=blocked,
+    with _quiet(): proto = convert_float_to_float16(proto, keep_io_types=True, op_block_list=blocked,
         node_block_list=_ends(proto.graph))
+    _straighten(proto.graph)
+    return proto
 
 # %% ../../nbs/12c_export.quantise.ipynb #4c0fc1c8
 def _dynamic(path, folder):
