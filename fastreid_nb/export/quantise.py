@@ -51,7 +51,13 @@ def _feeds(images, meta, most, bs=8):
     return [o|dict(camid=np.full(len(o['images']), -1)) for o in parts]
 
 # %% ../../nbs/12c_export.quantise.ipynb #54aee36e
-_ops = ['Conv','MatMul','Gemm','Add','MaxPool','Concat','AveragePool','GlobalAveragePool']
+_weighted = ['Conv','MatMul','Gemm']
+_unsigned = [*_weighted,'Relu','Clip','Add','MaxPool','Concat','AveragePool','GlobalAveragePool']
+
+def _chosen(graph, kinds):
+    "Names of the nodes of some kinds; a clip without an upper end belongs to pooling and stays as it is"
+    def whole(o): return o.op_type!='Clip' or len(o.input)>2 and bool(o.input[2])
+    return [o.name for o in graph.node if o.op_type in kinds and whole(o)]
 
 @contextmanager
 def _quiet():
@@ -86,16 +92,19 @@ class Quantiser:
         self.feeds,self.judges = self.feeds[:n],self.feeds[n:] or self.feeds
         self.want = _embeddings(self.path, self.judges)
         self.graph = onnx.load(self.path).graph
-        self.nodes = [o.name for o in self.graph.node if o.op_type in _ops]
+        self.kinds = _weighted if self.signed else _unsigned
+        self.nodes = _chosen(self.graph, self.kinds)
 
     def make(self, nodes):
         "The graph with the operations `nodes` in integers"
         import onnx
         from onnxruntime.quantization import QuantType, quantize_static
         kind,out = QuantType.QInt8 if self.signed else QuantType.QUInt8,self.folder/'quantised.onnx'
-        with _quiet(): quantize_static(self.path, out, _Batches(self.feeds), op_types_to_quantize=_ops, per_channel=True,
-            activation_type=kind, weight_type=QuantType.QInt8, nodes_to_quantize=[*nodes],
-            extra_options=dict(ActivationSymmetric=self.signed), calibration_cache_path=self.folder/'ranges.json')
+        more = dict(ActivationSymmetric=self.signed)
+        if self.signed: more['OpTypesToExcludeOutputQuantization'] = _weighted
+        with _quiet(): quantize_static(self.path, out, _Batches(self.feeds), op_types_to_quantize=self.kinds,
+            per_channel=True, activation_type=kind, weight_type=QuantType.QInt8, nodes_to_quantize=[*nodes],
+            extra_options=more, calibration_cache_path=self.folder/'ranges.json')
         return onnx.load(out)
 
     def lost(self, nodes):
@@ -151,7 +160,6 @@ def _keep(to, proto, meta, model, images):
 
 # %% ../../nbs/12c_export.quantise.ipynb #1adb50b7
 _full = ['InstanceNormalization','LayerNormalization','Softmax']
-_weighted = 'Conv','MatMul','Gemm'
 
 def _ends(graph):
     "Names of the nodes in front of the first layer with weights, and behind the last one"
