@@ -100,6 +100,10 @@ from .crossdomain.adapt import *
 from .export.core import *
 from .export.predictor import *
 from .export.folder import *
+from .export.quantise import *
+from .export.tensorrt import *
+from .export.layers import *
+from .export.caffe import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *
