@@ -96,6 +96,7 @@ from .crossdomain.uda import *
 from .crossdomain.systems import *
 from .crossdomain.generalise import *
 from .crossdomain.adapt import *
+from .kd.core import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *
