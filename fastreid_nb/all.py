@@ -97,6 +97,7 @@ from .crossdomain.systems import *
 from .crossdomain.generalise import *
 from .crossdomain.adapt import *
 from .kd.core import *
+from .kd.distill import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

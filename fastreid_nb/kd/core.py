@@ -1,4 +1,4 @@
-"""What a large network knows beyond the labels, losses that hand it to a small one, and a callback that keeps the teacher
+"""What a large network knows beyond the labels, and the losses that hand it to a small one
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/kd.html.md"""
 
@@ -12,7 +12,6 @@ import torch, torch.nn.functional as F
 from torch import nn
 from ..data.files import check_choice, check_number
 from ..pooling.core import full_precision
-from ..heads.core import ReIDOut
 from ..losses.core import full_digits
 from ..losses.pairs import pair_dist
 
