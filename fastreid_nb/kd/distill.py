@@ -141,9 +141,12 @@ def _check(self:Distill):
 
 # %% ../../nbs/11a_kd.distill.ipynb #002001a
 @patch
+def _taught(self:Distill): return [Taught(o, self.said) for o in self.terms]
+
+@patch
 def _join_loss(self:Distill, device):
     "Let the terms be part of the learner's loss, and their parameters part of its optimiser"
-    was,taught = self.loss_func,[Taught(o, self.said) for o in self.terms]
+    was,taught = self.loss_func,self._taught()
     own = was.terms if type(was) is ReIDLoss else [was]
     self.learn.loss_func = ReIDLoss(*own, *taught).to(device)
     self.home.append(lambda: setattr(self.learn, 'loss_func', was))
