@@ -98,6 +98,8 @@ from .crossdomain.generalise import *
 from .crossdomain.adapt import *
 from .kd.core import *
 from .kd.distill import *
+from .kd.features import *
+from .kd.semi import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

@@ -29,7 +29,7 @@ from ..train.distributed import AcrossProcesses, all_rows
 from ..train.state import _layout
 from ..eval.inference import precision_of
 
-# %% ../../nbs/11a_kd.distill.ipynb #000701a
+# %% ../../nbs/11a_kd.distill.ipynb #000801a
 class Taught(nn.Module):
     "A term between the student and each of its teachers, as a term of `ReIDLoss`"
     def __init__(self, term, said):
@@ -45,7 +45,7 @@ class Taught(nn.Module):
 
     def extra_repr(self): return '' if isinstance(self.term, nn.Module) else self.name
 
-# %% ../../nbs/11a_kd.distill.ipynb #001001a
+# %% ../../nbs/11a_kd.distill.ipynb #001101a
 def _check_people(net, dls):
     "Refuse a teacher whose classes are other people than the training set's"
     n,names,own = len(getattr(net, 'pids', [])),getattr(net, 'pid_names', []),class_names(dls)
@@ -65,7 +65,7 @@ def _check_teacher(net, student):
     if half: raise ValueError(f'the teacher has weights in {half.pop()}: give teacher.float(); it runs in the precision of the learner')
     if any(o.is_meta for o in net.parameters()): raise ValueError('the teacher is on the device meta and has no weights')
 
-# %% ../../nbs/11a_kd.distill.ipynb #001301a
+# %% ../../nbs/11a_kd.distill.ipynb #001401a
 def _adopt(opt, new):
     "Let an optimiser train more parameters, in its last group; what takes them out again"
     group,ids = opt.param_lists[-1],{*map(id, new)}
@@ -87,7 +87,7 @@ def _batch_statistics(net):
         for o in norms: o.track_running_stats = True
         for o,training in was: o.training = training
 
-# %% ../../nbs/11a_kd.distill.ipynb #001601a
+# %% ../../nbs/11a_kd.distill.ipynb #001701a
 class Distill(Callback):
     "Train a student on what frozen teachers say of the same images, besides the loss of the learner"
     order,run_valid = -10,False   # after the cameras (-21), before several processes (5) and mixed precision (10)
@@ -122,7 +122,7 @@ class Distill(Callback):
         self.home,self.small = [],None
         self.said.clear()
 
-# %% ../../nbs/11a_kd.distill.ipynb #001901a
+# %% ../../nbs/11a_kd.distill.ipynb #002001a
 def _bytes(net): return b''.join(o.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for o in net.state_dict().values())
 
 @patch
@@ -139,7 +139,7 @@ def _check(self:Distill):
     if self.cache and (whole or self.train_mode): raise ValueError('cache keeps outputs of teachers in evaluation mode: leave it '
         'out for train_mode, and for terms on feature maps')
 
-# %% ../../nbs/11a_kd.distill.ipynb #002001a
+# %% ../../nbs/11a_kd.distill.ipynb #002201a
 @patch
 def _taught(self:Distill): return [Taught(o, self.said) for o in self.terms]
 
@@ -165,7 +165,7 @@ def _read_large(self:Distill):
     ds.preproc = replace(was, size=size)
     self.home.append(lambda: setattr(ds, 'preproc', was))
 
-# %% ../../nbs/11a_kd.distill.ipynb #002201a
+# %% ../../nbs/11a_kd.distill.ipynb #002501a
 def _fit_size(x, size):
     "Images (B,3,h,w) in another size, smoothed where they shrink"
     if tuple(x.shape[2:])==tuple(size): return x
@@ -189,6 +189,7 @@ def before_batch(self:Distill):
     self.said[:] = zip(nets, [*(kept or []), *outs])
     if self.small: self.learn.xb = (_fit_size(x, self.small), *self.xb[1:])
 
+# %% ../../nbs/11a_kd.distill.ipynb #002601a
 @patch
 def after_pred(self:Distill):
     across = [o for o in self.learn.cbs if isinstance(o, AcrossProcesses) and o.home and o.gather]
@@ -201,7 +202,7 @@ def after_step(self:Distill):
 @patch
 def after_fit(self:Distill): self.undo()
 
-# %% ../../nbs/11a_kd.distill.ipynb #002401a
+# %% ../../nbs/11a_kd.distill.ipynb #002901a
 def _packed(out): return [[o.cpu() for o in x] if isinstance(x, (list,tuple)) else x.cpu() for x in out]
 def _unpacked(fields, device):
     def move(x): return [o.to(device) for o in x] if isinstance(x, list) else x.to(device)
@@ -212,6 +213,7 @@ def _gathered(out):
     def rows(x): return [all_rows(o) for o in x] if isinstance(x, (list,tuple)) else all_rows(x)
     return ReIDOut(*map(rows, out))
 
+# %% ../../nbs/11a_kd.distill.ipynb #003001a
 @patch
 def before_train(self:Distill): self.file,self.kept,self.new = None,None,[]
 
@@ -231,7 +233,7 @@ def after_train(self:Distill):
     if self.kept is not None or len(self.new)<len(self.dls.train): return
     with atomic_path(self.file) as tmp: torch.save(self.new, tmp)
 
-# %% ../../nbs/11a_kd.distill.ipynb #002501a
+# %% ../../nbs/11a_kd.distill.ipynb #003201a
 @patch
 def state_dict(self:Distill):
     "What an interrupted run needs to go on: the moving average"

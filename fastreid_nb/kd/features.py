@@ -17,12 +17,12 @@ from ..heads.core import ReIDOut
 from ..heads.model import ReIDModel
 from ..losses.core import full_digits
 
-# %% ../../nbs/11d_kd.features.ipynb #000801d
+# %% ../../nbs/11d_kd.features.ipynb #000901d
 def _partial_l2(s, t):
     "Sum of squared differences, where the student is above its target or the target is positive"
     return (s-t).pow(2).mul((s>t)|(t>0)).sum()
 
-# %% ../../nbs/11d_kd.features.ipynb #001101d
+# %% ../../nbs/11d_kd.features.ipynb #001201d
 def _margins(gain, shift):
     "Mean of the negative values of channels that are normal with these BatchNorm weights, (C,)"
     gain,shift = gain.detach().abs().double(),shift.detach().double()
@@ -31,7 +31,7 @@ def _margins(gain, shift):
     mean = shift-gain*torch.exp(-z**2/2)/(math.sqrt(2*math.pi)*share.clamp(min=1e-12))
     return torch.where(share>1e-3, mean, -3*gain).float()
 
-# %% ../../nbs/11d_kd.features.ipynb #001501d
+# %% ../../nbs/11d_kd.features.ipynb #001601d
 class _Tap:
     "Keeps the last map that came to a ReLU"
     def __init__(self, block, always):
@@ -55,13 +55,13 @@ def _last_blocks(model, who):
     raise ValueError(f'the {who} has a {type(getattr(model, "backbone", model)).__name__}: expected a residual network with '
         'stages layer1 to layer4, such as resnet18')
 
-# %% ../../nbs/11d_kd.features.ipynb #001901d
+# %% ../../nbs/11d_kd.features.ipynb #002001d
 def _connector(n_in, n_out):
     conv = nn.Conv2d(n_in, n_out, 1, bias=False)
     nn.init.normal_(conv.weight, 0, math.sqrt(2/n_out))
     return nn.Sequential(conv, nn.BatchNorm2d(n_out))
 
-# %% ../../nbs/11d_kd.features.ipynb #002001d
+# %% ../../nbs/11d_kd.features.ipynb #002101d
 class Overhaul(nn.Module):
     "A term for `Distill` on the maps before the last ReLU of each stage (Heo et al. 2019)"
     name,on = 'overhaul','fmap'

@@ -9,7 +9,6 @@ __all__ = ['SSKD']
 
 # %% ../../nbs/11e_kd.semi.ipynb #000301e
 import numpy as np, pandas as pd, torch
-from pathlib import Path
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
 from torch import nn
@@ -55,14 +54,14 @@ def _cut(out, a, b):
     "Rows `a` to `b` of all outputs"
     return ReIDOut(*([o[a:b] for o in x] if isinstance(x, (list,tuple)) else x[a:b] for x in out))
 
-# %% ../../nbs/11e_kd.semi.ipynb #001701e
+# %% ../../nbs/11e_kd.semi.ipynb #001801e
 class SSKD(Distill):
     "Distillation on labelled and on unlabelled images (He et al. 2021); the latter train a classifier of their own"
     def __init__(self,
         teacher:ReIDModel, # With the classes of the labelled images; or a list of them
         unlabelled:pd.DataFrame|list, # Table with the column path, or paths, of people who need not be in the training set
         *terms, # Between the networks on labelled images, as in `Distill`; by default `SoftKL(temperature)`
-        bs:int=32, # Unlabelled images in a batch, beside the labelled ones
+        bs:int=32, # Unlabelled images in a batch, beside the labelled ones; 2 or more
         temperature:float=16., # Of the soft labels of unlabelled images, above 0
         weight:float=1., # Of the unlabelled images in the loss
         ema:float=None, # As in `Distill`
@@ -71,7 +70,7 @@ class SSKD(Distill):
         super().__init__(teacher, *(terms or [SoftKL(temperature)]), ema=ema, train_mode=train_mode)
         if not self.teachers: raise ValueError('SSKD has no teacher: expected a ReIDModel that has learnt from the labelled images')
         self.images,self.temperature = _unlabelled_table(unlabelled),temperature
-        self.bs,self.weight = check_number('bs', bs, 1, whole=True),check_number('weight', weight, 0)
+        self.bs,self.weight = check_number('bs', bs, 2, whole=True),check_number('weight', weight, 0)
         self.aux,self.said_too = None,[]
         SoftKL(temperature)   # refuses one that is not above 0
 
@@ -103,7 +102,7 @@ class SSKD(Distill):
         self.said_too.clear()
         self.batches = None
 
-# %% ../../nbs/11e_kd.semi.ipynb #001801e
+# %% ../../nbs/11e_kd.semi.ipynb #002001e
 def _next_images(self):
     "Unlabelled images that belong to this batch"
     dl = self.dls.train
@@ -112,7 +111,7 @@ def _next_images(self):
         self.batches = iter(self.more)
     return plain_tensor(next(self.batches)[0])
 
-# %% ../../nbs/11e_kd.semi.ipynb #001901e
+# %% ../../nbs/11e_kd.semi.ipynb #002101e
 @patch
 def before_batch(self:SSKD):
     x = self.xb[0]
