@@ -1,9 +1,9 @@
 "Distillation: losses against the reference and against loops, the callback, feature maps, unlabelled images"
-import itertools, re
+import itertools, json, re, socket
 from copy import deepcopy
 from functools import partial
 
-import numpy as np, pytest, torch, torch.nn.functional as F
+import fresh, numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.torch_core import TensorImage
 from fasttransform import Transform
@@ -526,3 +526,55 @@ def test_bad_sskd(teacher, make, text):
 
 def test_an_unlabelled_image_that_is_gone(data, teacher):
     with pytest.raises(FileNotFoundError, match='gone.jpg'): fit(learner(data, SSKD(teacher, ['gone.jpg','gone too.jpg'], bs=2)))
+
+## Two processes
+
+script = '''
+import json, os, sys, torch
+from fastai.callback.core import Callback
+from fastreid_nb.all import *
+from torch import nn
+
+torch.set_num_threads(1)
+folder,p,out = sys.argv[1],int(sys.argv[2]),sys.argv[3]
+
+def tiny():
+    net = nn.Sequential(nn.Conv2d(3, 16, 5, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2))
+    net.n_feat = 32
+    return net
+
+class Note(Callback):
+    run_valid = False
+    def before_fit(self): self.seen = []
+    def after_loss(self): self.seen.append(self.learn.loss.item())
+
+data = toy_reid(folder, n_ids=23, size=(64,32), progress=False)
+dls = reid_dls(data, (32,32), p, 4, augs=[], num_workers=0)
+torch.manual_seed(3)
+teacher = reid_model(tiny, len(dls.pids), preproc=Preproc((64,32))).eval()
+note = Note()
+learn = reid_learner(dls, tiny, dtype=torch.float32, cbs=Distill(teacher, SoftKL(4), PKT(weight=20.), SimilarityKD(weight=9.), ema=.9)).across_processes(minutes=1)
+with learn.no_bar(), learn.no_logging(): learn.fit(2, 3e-3, cbs=note)
+res = dict(losses=note.seen, weight=learn.model.head.classifier.weight[0].tolist(), parts=list(learn.recorder.parts))
+json.dump(res, open(out+os.environ.get('RANK', '0')+'.json', 'w'))
+'''
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(tmp_path):
+    "The teachers' outputs of both are gathered as the student's are"
+    def start(name, p, **env): return fresh.Fresh(tmp_path/f'{name}{env.get("RANK", "")}.txt', script, tmp_path/'toy', p, tmp_path/name, **env)
+    alone = start('one', 8)
+    assert alone.wait(300)==0, alone.text
+    net = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE='2')
+    pair = [start('two', 4, RANK=str(r), LOCAL_RANK=str(r), **net) for r in range(2)]
+    for o in pair: assert o.wait(300)==0, o.text
+    one,*two = (json.loads((tmp_path/f'{o}.json').read_text()) for o in ('one0','two0','two1'))
+    assert two[0]['weight']==two[1]['weight'] and one['parts']==['ce','triplet','soft_kl','pkt','similarity']
+    for o in two:
+        assert len(o['losses'])==len(one['losses'])>2 and o['losses']==pytest.approx(one['losses'], rel=1e-4)
+        assert o['weight']==pytest.approx(one['weight'], rel=1e-2, abs=2e-4)

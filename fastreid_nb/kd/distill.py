@@ -80,10 +80,10 @@ def _adopt(opt, new):
 def _batch_statistics(net):
     "`net` in training mode, but for the running statistics, which stay"
     norms,was = batch_norms(net),[(o,o.training) for o in net.modules()]
-    for o in [net.train(), *norms]: o.track_running_stats = False
+    net.train()
+    for o in norms: o.track_running_stats = False
     try: yield
     finally:
-        del net.track_running_stats
         for o in norms: o.track_running_stats = True
         for o,training in was: o.training = training
 
@@ -103,7 +103,7 @@ class Distill(Callback):
         if not self.teachers and ema is None: raise ValueError('Distill has no teacher: expected one, or `ema`')
         if ema is not None and not 0<check_number('ema', ema, 0, 1)<1: raise ValueError(f'ema={ema}: expected a share '
             'between 0 and 1, such as 0.999')
-        self.terms,self.ema,self.train_mode,self.cache = terms,ema,train_mode,cache
+        self.terms,self.ema,self.train_mode,self.folder = terms,ema,train_mode,cache
         self.average,self.said,self.home,self.small = None,[],[],None
 
     def before_fit(self):
@@ -136,7 +136,7 @@ def _check(self:Distill):
     whole = [o for o in self.terms if getattr(o, 'teacher', None) is not None]
     lost = [o for o in whole if not any(o.teacher is net for net in self.teachers)]
     if lost: raise ValueError(f'{type(lost[0]).__name__} was made for another teacher: expected one of those that Distill has')
-    if self.cache and (whole or self.train_mode): raise ValueError('cache keeps outputs of teachers in evaluation mode: leave it '
+    if self.folder and (whole or self.train_mode): raise ValueError('cache keeps outputs of teachers in evaluation mode: leave it '
         'out for train_mode, and for terms on feature maps')
 
 # %% ../../nbs/11a_kd.distill.ipynb #002201a
@@ -183,9 +183,9 @@ def _ask(self:Distill, net, x, camid):
 def before_batch(self:Distill):
     x,camid = self.xb[0],self.yb[1]
     nets = self.teachers+([self.average] if self.ema else [])
-    kept = self._recall(x) if self.cache else None
+    kept = self._recall(x) if self.folder else None
     outs = [self._ask(o, x, camid) for o in nets[len(kept or []):]]
-    if self.cache and kept is None: self.new.append([_packed(o) for o in outs[:len(self.teachers)]])
+    if self.folder and kept is None: self.new.append([_packed(o) for o in outs[:len(self.teachers)]])
     self.said[:] = zip(nets, [*(kept or []), *outs])
     if self.small: self.learn.xb = (_fit_size(x, self.small), *self.xb[1:])
 
@@ -224,7 +224,7 @@ def _recall(self:Distill, x):
     if self.file is None:
         of = f'{self.teacher} {precision_of(self.learn)}'.encode()
         of += dl.plan.tobytes()+x.contiguous().cpu().numpy().tobytes()
-        self.file = Path(self.cache)/f'epoch_{dl._epoch:03d}_{zlib.crc32(of):08x}.pt'
+        self.file = Path(self.folder)/f'epoch_{dl._epoch:03d}_{zlib.crc32(of):08x}.pt'
         if self.file.is_file(): self.kept = read_torch(self.file, 'outputs of a teacher')
     return None if self.kept is None else [_unpacked(o, x.device) for o in self.kept[self.iter]]
 
