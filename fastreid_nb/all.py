@@ -104,6 +104,10 @@ from .export.quantise import *
 from .export.tensorrt import *
 from .export.layers import *
 from .export.caffe import *
+from .kd.core import *
+from .kd.distill import *
+from .kd.features import *
+from .kd.semi import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *
