@@ -9,7 +9,7 @@ from pathlib import Path
 from toy_runs import Rows, light
 
 tiny = os.environ.get('COMPATIBLE')=='tiny'
-n_ids,old_epochs,epochs,width = (int(os.environ.get(k, v)) for k,v in dict(IDS=36 if tiny else 144, OLD_EPOCHS=3 if tiny else 24,
+n_ids,old_epochs,epochs,width = (int(os.environ.get(k, v)) for k,v in dict(IDS=36 if tiny else 108, OLD_EPOCHS=3 if tiny else 24,
     EPOCHS=3 if tiny else 24, WIDTH=32 if tiny else 128).items())
 size,p,lr = (32,16) if tiny else (64,32),8 if tiny else 16,1e-3
 work = Path(os.environ.get('WORK', 'compatible_work'))/('tiny' if tiny else 'full')

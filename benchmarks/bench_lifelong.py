@@ -8,7 +8,7 @@ from pathlib import Path
 from toy_runs import Rows, light
 
 tiny = os.environ.get('LIFELONG')=='tiny'
-n_ids,first,epochs = (int(os.environ.get(k, v)) for k,v in dict(IDS=36 if tiny else 144, FIRST=3 if tiny else 16,
+n_ids,first,epochs = (int(os.environ.get(k, v)) for k,v in dict(IDS=36 if tiny else 108, FIRST=3 if tiny else 16,
     EPOCHS=2 if tiny else 8).items())
 size,p,lr = (32,16) if tiny else (64,32),8 if tiny else 16,1e-3
 work = Path(os.environ.get('WORK', 'lifelong_work'))/('tiny' if tiny else 'full')

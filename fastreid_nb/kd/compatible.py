@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/kd.compatible.html.md"""
 # %% auto #0
 __all__ = ['compatibility', 'CompatibleLoss', 'GalleryMap']
 
-# %% ../../nbs/11b_kd.compatible.ipynb #c996e0f2
+# %% ../../nbs/11b_kd.compatible.ipynb #78410a87
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ..eval.features import Features, _tiles, _unit, evaluate
 from ..eval.inference import all_finite, data_of, device_of, embed_batches
 from ..crossdomain.uda import _class_means
 
-# %% ../../nbs/11b_kd.compatible.ipynb #6f4ca858
+# %% ../../nbs/11b_kd.compatible.ipynb #32f71a7b
 def _same_images(old, new, side):
     "Refuse features of two models that are not of the same images in the same order"
     same = len(old)==len(new)
@@ -38,8 +38,8 @@ def _same_images(old, new, side):
 
 def _line(res): return {'mAP':res.mAP, 'rank-1':res.rank(1), 'mINP':res.mINP}
 
-# %% ../../nbs/11b_kd.compatible.ipynb #ee714515
-@delegates(evaluate, but='q,g')
+# %% ../../nbs/11b_kd.compatible.ipynb #c7c9e39f
+@delegates(evaluate)
 def compatibility(
     old:tuple, # `Features` of queries and gallery by the old model
     new:tuple, # The same images by the new model
@@ -56,7 +56,7 @@ def compatibility(
     table = pd.DataFrame(rows).T.rename_axis('query/gallery')
     return table.assign(**{'over old':table.mAP/table.mAP['old/old']})
 
-# %% ../../nbs/11b_kd.compatible.ipynb #711273bd
+# %% ../../nbs/11b_kd.compatible.ipynb #bde3cfee
 class CompatibleLoss(LossTerm):
     "Cross entropy of new embeddings against rows of an old model, which stay as they are"
     name = 'compatible'
@@ -72,7 +72,9 @@ class CompatibleLoss(LossTerm):
             raise ValueError('temperature=0: expected more, such as 0.05, or None')
         self.temperature,self.on = temperature,check_choice('on', on, ('feat','emb'))
         self.register_buffer('rows', all_finite(torch.as_tensor(rows).detach().float()))
-        self.register_buffer('row_of', torch.arange(len(rows)) if row_of is None else torch.as_tensor(row_of))
+        self.register_buffer('row_of', torch.arange(len(rows)) if row_of is None else torch.as_tensor(row_of).long())
+        if len(self.row_of) and not -1<=self.row_of.min()<=self.row_of.max()<len(rows): raise ValueError(f'row_of goes from '
+            f'{self.row_of.min()} to {self.row_of.max()}: expected one of the {len(rows)} rows, or -1 for none')
 
     def check(self, xs, pid, lo, hi):
         one_output(xs, 'CompatibleLoss')
@@ -88,7 +90,7 @@ class CompatibleLoss(LossTerm):
         total = F.cross_entropy(logits, row, ignore_index=-1, reduction='sum')
         return total/(row>=0).sum().clamp(min=1)
 
-# %% ../../nbs/11b_kd.compatible.ipynb #3ffcc773
+# %% ../../nbs/11b_kd.compatible.ipynb #7f81992a
 def _classifier(model):
     "The one classifier of a model"
     found = [o for k,o in model.named_modules() if k.split('.')[-1]=='classifier' and hasattr(o, 'weight')]
@@ -96,7 +98,7 @@ def _classifier(model):
     raise ValueError(f'the old model has {len(found)} classifiers with {sum(len(o.weight) for o in found)} rows: expected '
         'one that knows people; use CompatibleLoss.from_centres')
 
-# %% ../../nbs/11b_kd.compatible.ipynb #bdbbd746
+# %% ../../nbs/11b_kd.compatible.ipynb #9a53b403
 @patch(cls_method=True)
 def from_classifier(cls:CompatibleLoss,
     old:ReIDModel, # With its classifier and `pid_names`, as `load_reid` gives it
@@ -104,14 +106,15 @@ def from_classifier(cls:CompatibleLoss,
     weight:float=1., # Weight in `ReIDLoss`
 )->CompatibleLoss: # For the identities of `dls`
     "The influence loss of an old classifier; people that it does not know are left out"
-    layer,names = _classifier(old),class_names(data_of(dls) and dls)
+    data_of(dls)   # raises without a table
+    layer,names = _classifier(old),class_names(dls)
     where = {o:i for i,o in enumerate(getattr(old, 'pid_names', []))}
     row_of = torch.tensor([where.get(o, -1) for o in names])
     if (row_of<0).all(): raise ValueError(f'none of {len(names)} training identities, such as {names[0]!r}, is among the '
         f'{len(where)} names of the old model: use CompatibleLoss.from_centres')
     return cls(layer.weight, row_of, .05 if getattr(layer, 'cosine', False) else None, weight=weight)
 
-# %% ../../nbs/11b_kd.compatible.ipynb #3b62011c
+# %% ../../nbs/11b_kd.compatible.ipynb #a25e9ab1
 @patch(cls_method=True)
 def from_centres(cls:CompatibleLoss,
     old:ReIDModel, # Any model with a `preproc`
@@ -128,7 +131,7 @@ def from_centres(cls:CompatibleLoss,
     pid = torch.as_tensor(np.searchsorted(dls.pids, df.pid.to_numpy()))
     return cls(_unit(_class_means(emb, pid)), None, temperature, on, weight)
 
-# %% ../../nbs/11b_kd.compatible.ipynb #242f10f7
+# %% ../../nbs/11b_kd.compatible.ipynb #23634841
 def _matched(old, new):
     "Positions of the same image in two sets of features, (n,2)"
     lack = [side for side,o in (('old',old),('new',new)) if 'path' not in o.df]
@@ -146,7 +149,7 @@ def _products(x, y, pairs):
         for total,part in zip(sums, (a.sum(0), b.sum(0), a.T@a, a.T@b)): total += part
     return [o/len(pairs) for o in sums]
 
-# %% ../../nbs/11b_kd.compatible.ipynb #4630fc51
+# %% ../../nbs/11b_kd.compatible.ipynb #04f3a2be
 @dataclass
 class GalleryMap:
     "A linear map from the embedding space of an old model to that of a new one"
@@ -157,7 +160,7 @@ class GalleryMap:
 
     def __repr__(self): return f'GalleryMap {" → ".join(map(str, self.weight.shape))}, {self.how}, {self.n} exemplars'
 
-# %% ../../nbs/11b_kd.compatible.ipynb #5c3e9d73
+# %% ../../nbs/11b_kd.compatible.ipynb #4634edcc
 @patch(cls_method=True)
 def fit(cls:GalleryMap,
     old:Features, # Exemplars by the old model; images that only one side has are left out
@@ -182,7 +185,7 @@ def fit(cls:GalleryMap,
         shift = mean_y-mean_x@weight
     return cls(weight.float(), shift.float(), how, len(pairs))
 
-# %% ../../nbs/11b_kd.compatible.ipynb #5efee53c
+# %% ../../nbs/11b_kd.compatible.ipynb #3f3f9577
 @patch
 def __call__(self:GalleryMap,
     feats:Features, # By the old model
@@ -206,7 +209,7 @@ def _to_disk(blocks, path, shape):
         out.flush()
     return np.load(path, mmap_mode='r')
 
-# %% ../../nbs/11b_kd.compatible.ipynb #5ccd749c
+# %% ../../nbs/11b_kd.compatible.ipynb #a6f249a9
 @patch
 def save(self:GalleryMap,
     path:str|Path, # File to write, usually `.pt`
