@@ -96,6 +96,8 @@ from .crossdomain.uda import *
 from .crossdomain.systems import *
 from .crossdomain.generalise import *
 from .crossdomain.adapt import *
+from .kd.core import *
+from .kd.distill import *
 from .kd.compatible import *
 from .kd.lifelong import *
 from .weights.core import *
