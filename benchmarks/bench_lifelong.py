@@ -21,9 +21,10 @@ n_exemplars = 8 if tiny else 32
 def cities(on, seed):
     "The three sets; on 'held-out' identities query and gallery are cut out of training"
     from fastreid_nb.all import ToyCity, toy_cities, toy_reid
-    fog = ToyCity('fog', hue=-.3, gain=(.75,.85,1.), vivid=.5, patterned=.6)
-    found = [toy_reid(work/'toy', n_ids=n_ids, test_frac=1/3, size=size, progress=False, city=o, seed=10*seed+i)
-        for i,o in enumerate((*toy_cities.values(),fog))]
+    fog = ToyCity('fog', hue=1., gain=(.75,.85,1.), vivid=.5, patterned=1.)
+    casts = .3,1.,3.   # how far apart the colours of the cameras of a city are
+    found = [toy_reid(work/'toy', n_ids=n_ids, test_frac=1/3, size=size, progress=False, city=o, cast=cast, seed=10*seed+i)
+        for i,(o,cast) in enumerate(zip((*toy_cities.values(),fog), casts))]
     return found if on=='test' else [o.holdout(.25).rename(o.name) for o in found]
 
 def said(method):
@@ -39,7 +40,7 @@ def terms(parts):
 
 def fitted(learn, n):
     learn.remove_cb(learn.score_reid)
-    with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(n, lr if n==first else lr/2)
+    with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(n, lr)
     return learn.model.eval()
 
 def learner(model, data, memory=(), share=.5, cbs=None, seed=0):
