@@ -21,6 +21,7 @@ chapters = {
     'Evaluation':'How good a ranked list is, on images of people whom the model has never seen.',
     'Partial bodies':'When a wall hides half the person: matching by parts, and models that know what they see.',
     'New cities':'What a new place costs a model, labels that nobody wrote, and training on them.',
+    'Small and good':'What a large model knows, handed to a small one; a new model for an old gallery; and learning on without forgetting.',
     'Published weights':"Somebody else's file of weights as a model of yours.",
     'Recipes':'A run as a file, the recipes that come with the library, and the command `reid`.',
     'Look up':'Every name, every term, and what the pages leave unsaid.'}

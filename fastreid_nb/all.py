@@ -100,6 +100,8 @@ from .kd.core import *
 from .kd.distill import *
 from .kd.compatible import *
 from .kd.lifelong import *
+from .kd.features import *
+from .kd.semi import *
 from .weights.core import *
 from .weights.load import *
 from .recipes.core import *

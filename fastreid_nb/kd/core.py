@@ -15,7 +15,7 @@ from ..pooling.core import full_precision
 from ..losses.core import full_digits
 from ..losses.pairs import pair_dist
 
-# %% ../../nbs/11_kd.ipynb #0013011
+# %% ../../nbs/11_kd.ipynb #0014011
 def _rows(out, on, who):
     "What is compared: the logits of each part, or a feature with all parts joined"
     x = getattr(out, on, None)
@@ -34,7 +34,7 @@ def _check_pair(s, t, on, least):
     raise ValueError(f'the student has {s.shape[1]} classes, the teacher {t.shape[1]}: expected the same identities, or a '
         'term on embeddings, such as PKT()')
 
-# %% ../../nbs/11_kd.ipynb #0014011
+# %% ../../nbs/11_kd.ipynb #0015011
 def _pairs(student, teacher, on, least):
     "What is compared, as pairs of tensors; the teacher's have no gradient"
     s,t = _rows(student, on, 'student'),_rows(teacher, on, 'teacher')
@@ -61,7 +61,7 @@ class DistillTerm(nn.Module):
 
     def extra_repr(self): return ', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k[0]!='_' and k!='training')
 
-# %% ../../nbs/11_kd.ipynb #0020011
+# %% ../../nbs/11_kd.ipynb #0022011
 class LogitL1(DistillTerm):
     "Mean absolute difference of the logits (FastReID paper, eq. 8)"
     name = 'logit_l1'
@@ -72,7 +72,7 @@ class LogitL1(DistillTerm):
 
     def loss(self, student, teacher): return (student-teacher).abs().mean()
 
-# %% ../../nbs/11_kd.ipynb #0024011
+# %% ../../nbs/11_kd.ipynb #0027011
 class SoftKL(DistillTerm):
     "Divergence of softened probabilities (Hinton et al. 2015), or the mean of both directions, as FastReID's code has it"
     name = 'soft_kl'
@@ -93,7 +93,7 @@ class SoftKL(DistillTerm):
         if self.symmetric: kl = (kl+F.kl_div(t, s, reduction='batchmean', log_target=True))/2
         return kl*self.temperature**2
 
-# %% ../../nbs/11_kd.ipynb #0031011
+# %% ../../nbs/11_kd.ipynb #0034011
 def _neighbour_logs(x):
     "Logarithm of the probability that a row picks another as its neighbour, (B,B); 0 on the diagonal"
     x,eye = F.normalize(x),torch.eye(len(x), dtype=torch.bool, device=x.device)
@@ -101,7 +101,7 @@ def _neighbour_logs(x):
     k = k.masked_fill(eye, 0)
     return (k/k.sum(1, keepdim=True)).masked_fill(eye, 1).log()
 
-# %% ../../nbs/11_kd.ipynb #0032011
+# %% ../../nbs/11_kd.ipynb #0036011
 class PKT(DistillTerm):
     "Probabilistic knowledge transfer on cosine kernels (Passalis & Tefas 2018; FastReID paper, eq. 9)"
     name,least = 'pkt',2
@@ -118,7 +118,7 @@ class PKT(DistillTerm):
         if self.as_printed: s = s.T
         return (t.exp()*(t-s)).sum()/len(s)
 
-# %% ../../nbs/11_kd.ipynb #0038011
+# %% ../../nbs/11_kd.ipynb #0042011
 def _relative_distances(x):
     "Distances of all pairs over their mean, (B,B)"
     d = pair_dist(x)
@@ -130,7 +130,7 @@ def _angles(x):
     cos,same = sides@sides.mT,torch.eye(len(x), dtype=torch.bool, device=x.device)
     return cos.masked_fill(same[:,:,None]|same[:,None]|same[None], 0)
 
-# %% ../../nbs/11_kd.ipynb #0039011
+# %% ../../nbs/11_kd.ipynb #0044011
 class RelationalKD(DistillTerm):
     "Huber loss on relative distances of pairs and on angles of triples (Park et al. 2019)"
     name,least = 'relational',3
@@ -152,7 +152,7 @@ class RelationalKD(DistillTerm):
         if self.angle: res = res + self.angle*gap(_angles)/(n*(n-1)*(n-2))
         return res
 
-# %% ../../nbs/11_kd.ipynb #0044011
+# %% ../../nbs/11_kd.ipynb #0049011
 class SimilarityKD(DistillTerm):
     "Squared difference of the products of all pairs, scaled row by row (Tung & Mori 2019)"
     name,least = 'similarity',2

@@ -29,7 +29,7 @@ from ..train.distributed import AcrossProcesses, all_rows
 from ..train.state import _layout
 from ..eval.inference import precision_of
 
-# %% ../../nbs/11a_kd.distill.ipynb #000701a
+# %% ../../nbs/11a_kd.distill.ipynb #000801a
 class Taught(nn.Module):
     "A term between the student and each of its teachers, as a term of `ReIDLoss`"
     def __init__(self, term, said):
@@ -45,7 +45,7 @@ class Taught(nn.Module):
 
     def extra_repr(self): return '' if isinstance(self.term, nn.Module) else self.name
 
-# %% ../../nbs/11a_kd.distill.ipynb #001001a
+# %% ../../nbs/11a_kd.distill.ipynb #001101a
 def _check_people(net, dls):
     "Refuse a teacher whose classes are other people than the training set's"
     n,names,own = len(getattr(net, 'pids', [])),getattr(net, 'pid_names', []),class_names(dls)
@@ -65,7 +65,7 @@ def _check_teacher(net, student):
     if half: raise ValueError(f'the teacher has weights in {half.pop()}: give teacher.float(); it runs in the precision of the learner')
     if any(o.is_meta for o in net.parameters()): raise ValueError('the teacher is on the device meta and has no weights')
 
-# %% ../../nbs/11a_kd.distill.ipynb #001301a
+# %% ../../nbs/11a_kd.distill.ipynb #001401a
 def _adopt(opt, new):
     "Let an optimiser train more parameters, in its last group; what takes them out again"
     group,ids = opt.param_lists[-1],{*map(id, new)}
@@ -80,14 +80,14 @@ def _adopt(opt, new):
 def _batch_statistics(net):
     "`net` in training mode, but for the running statistics, which stay"
     norms,was = batch_norms(net),[(o,o.training) for o in net.modules()]
-    for o in [net.train(), *norms]: o.track_running_stats = False
+    net.train()
+    for o in norms: o.track_running_stats = False
     try: yield
     finally:
-        del net.track_running_stats
         for o in norms: o.track_running_stats = True
         for o,training in was: o.training = training
 
-# %% ../../nbs/11a_kd.distill.ipynb #001601a
+# %% ../../nbs/11a_kd.distill.ipynb #001701a
 class Distill(Callback):
     "Train a student on what frozen teachers say of the same images, besides the loss of the learner"
     order,run_valid = -10,False   # after the cameras (-21), before several processes (5) and mixed precision (10)
@@ -103,7 +103,7 @@ class Distill(Callback):
         if not self.teachers and ema is None: raise ValueError('Distill has no teacher: expected one, or `ema`')
         if ema is not None and not 0<check_number('ema', ema, 0, 1)<1: raise ValueError(f'ema={ema}: expected a share '
             'between 0 and 1, such as 0.999')
-        self.terms,self.ema,self.train_mode,self.cache = terms,ema,train_mode,cache
+        self.terms,self.ema,self.train_mode,self.folder = terms,ema,train_mode,cache
         self.average,self.said,self.home,self.small = None,[],[],None
 
     def before_fit(self):
@@ -122,7 +122,7 @@ class Distill(Callback):
         self.home,self.small = [],None
         self.said.clear()
 
-# %% ../../nbs/11a_kd.distill.ipynb #001901a
+# %% ../../nbs/11a_kd.distill.ipynb #002001a
 def _bytes(net): return b''.join(o.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for o in net.state_dict().values())
 
 @patch
@@ -136,14 +136,17 @@ def _check(self:Distill):
     whole = [o for o in self.terms if getattr(o, 'teacher', None) is not None]
     lost = [o for o in whole if not any(o.teacher is net for net in self.teachers)]
     if lost: raise ValueError(f'{type(lost[0]).__name__} was made for another teacher: expected one of those that Distill has')
-    if self.cache and (whole or self.train_mode): raise ValueError('cache keeps outputs of teachers in evaluation mode: leave it '
+    if self.folder and (whole or self.train_mode): raise ValueError('cache keeps outputs of teachers in evaluation mode: leave it '
         'out for train_mode, and for terms on feature maps')
 
-# %% ../../nbs/11a_kd.distill.ipynb #002001a
+# %% ../../nbs/11a_kd.distill.ipynb #002201a
+@patch
+def _taught(self:Distill): return [Taught(o, self.said) for o in self.terms]
+
 @patch
 def _join_loss(self:Distill, device):
     "Let the terms be part of the learner's loss, and their parameters part of its optimiser"
-    was,taught = self.loss_func,[Taught(o, self.said) for o in self.terms]
+    was,taught = self.loss_func,self._taught()
     own = was.terms if type(was) is ReIDLoss else [was]
     self.learn.loss_func = ReIDLoss(*own, *taught).to(device)
     self.home.append(lambda: setattr(self.learn, 'loss_func', was))
@@ -162,7 +165,7 @@ def _read_large(self:Distill):
     ds.preproc = replace(was, size=size)
     self.home.append(lambda: setattr(ds, 'preproc', was))
 
-# %% ../../nbs/11a_kd.distill.ipynb #002201a
+# %% ../../nbs/11a_kd.distill.ipynb #002501a
 def _fit_size(x, size):
     "Images (B,3,h,w) in another size, smoothed where they shrink"
     if tuple(x.shape[2:])==tuple(size): return x
@@ -180,12 +183,13 @@ def _ask(self:Distill, net, x, camid):
 def before_batch(self:Distill):
     x,camid = self.xb[0],self.yb[1]
     nets = self.teachers+([self.average] if self.ema else [])
-    kept = self._recall(x) if self.cache else None
+    kept = self._recall(x) if self.folder else None
     outs = [self._ask(o, x, camid) for o in nets[len(kept or []):]]
-    if self.cache and kept is None: self.new.append([_packed(o) for o in outs[:len(self.teachers)]])
+    if self.folder and kept is None: self.new.append([_packed(o) for o in outs[:len(self.teachers)]])
     self.said[:] = zip(nets, [*(kept or []), *outs])
     if self.small: self.learn.xb = (_fit_size(x, self.small), *self.xb[1:])
 
+# %% ../../nbs/11a_kd.distill.ipynb #002601a
 @patch
 def after_pred(self:Distill):
     across = [o for o in self.learn.cbs if isinstance(o, AcrossProcesses) and o.home and o.gather]
@@ -198,7 +202,7 @@ def after_step(self:Distill):
 @patch
 def after_fit(self:Distill): self.undo()
 
-# %% ../../nbs/11a_kd.distill.ipynb #002401a
+# %% ../../nbs/11a_kd.distill.ipynb #002901a
 def _packed(out): return [[o.cpu() for o in x] if isinstance(x, (list,tuple)) else x.cpu() for x in out]
 def _unpacked(fields, device):
     def move(x): return [o.to(device) for o in x] if isinstance(x, list) else x.to(device)
@@ -209,6 +213,7 @@ def _gathered(out):
     def rows(x): return [all_rows(o) for o in x] if isinstance(x, (list,tuple)) else all_rows(x)
     return ReIDOut(*map(rows, out))
 
+# %% ../../nbs/11a_kd.distill.ipynb #003001a
 @patch
 def before_train(self:Distill): self.file,self.kept,self.new = None,None,[]
 
@@ -219,7 +224,7 @@ def _recall(self:Distill, x):
     if self.file is None:
         of = f'{self.teacher} {precision_of(self.learn)}'.encode()
         of += dl.plan.tobytes()+x.contiguous().cpu().numpy().tobytes()
-        self.file = Path(self.cache)/f'epoch_{dl._epoch:03d}_{zlib.crc32(of):08x}.pt'
+        self.file = Path(self.folder)/f'epoch_{dl._epoch:03d}_{zlib.crc32(of):08x}.pt'
         if self.file.is_file(): self.kept = read_torch(self.file, 'outputs of a teacher')
     return None if self.kept is None else [_unpacked(o, x.device) for o in self.kept[self.iter]]
 
@@ -228,7 +233,7 @@ def after_train(self:Distill):
     if self.kept is not None or len(self.new)<len(self.dls.train): return
     with atomic_path(self.file) as tmp: torch.save(self.new, tmp)
 
-# %% ../../nbs/11a_kd.distill.ipynb #002501a
+# %% ../../nbs/11a_kd.distill.ipynb #003201a
 @patch
 def state_dict(self:Distill):
     "What an interrupted run needs to go on: the moving average"
