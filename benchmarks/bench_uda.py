@@ -1,13 +1,14 @@
 """Adaptation between two toy cities and to real motorcycles (REALDATA): share of the gap from direct transfer to training with labels that the best system closes (bar 0.5)
 
 Every run leaves its epochs in uda.csv beside this file; what is there is not run again. UDA=tiny runs a small size into a file of its own."""
-import csv, os, statistics as st, time
+import os, statistics as st, time
 from multiprocessing import get_context
 from pathlib import Path
+from toy_runs import Rows, light
 
 tiny = os.environ.get('UDA')=='tiny'
-ledger = Path(__file__).with_name('uda_tiny.csv' if tiny else 'uda.csv')
-names = 'set','source','target','system','seed','epoch','mAP','rank1','minutes'
+keys,values = ('set','source','target','system','seed','epoch'),('mAP','rank1','minutes')
+rows = Rows(Path(__file__).with_name('uda_tiny.csv' if tiny else 'uda.csv'), keys, values)
 toy = dict(n_ids=36, train=6, adapt=3, n_iters=3) if tiny else dict(n_ids=192, train=24, adapt=16)
 vehicle = dict(train=4, adapt=3) if tiny else dict(train=40, adapt=20)
 size,lr = (32,16) if tiny else (64,32),1e-3
@@ -16,15 +17,11 @@ systems = 'UDA','StrongUDA','MMT','SpCL','MLT'
 
 def found():
     "(mAP, rank-1) by set, source, target, system, seed and epoch"
-    if not ledger.exists(): return {}
-    with open(ledger, newline='') as f: lines = list(csv.DictReader(f))
-    return {(*(o[k] for k in names[:4]),int(o['seed']),int(o['epoch'])):(float(o['mAP']),float(o['rank1'])) for o in lines}
+    return {(*k[:4],int(k[4]),int(k[5])):(float(v[0]),float(v[1])) for k,v in rows.found().items()}
 
 def store(key, scores, minutes):
-    "Append a line for each epoch"
-    new = not ledger.exists()
-    rows = [[*key, i, f'{m:.4f}', f'{r:.4f}', f'{minutes:.1f}'] for i,(m,r) in enumerate(scores)]
-    with open(ledger, 'a', newline='') as f: csv.writer(f).writerows(([names] if new else [])+rows)
+    "Append a row for each epoch"
+    rows.add(*((*key, i, m, r, f'{minutes:.1f}') for i,(m,r) in enumerate(scores)))
 
 def city(root, name, seed):
     "Another seed has other people, cameras and weights"
@@ -45,12 +42,6 @@ def sets_of(job):
     if kind=='toy': return [city(job['toy'], o, seed) for o in (source,target)]
     root = Path(os.environ['REALDATA'])/'vehicle2cam'
     return vehicles(root, ('car','truck'), 'cars'),vehicles(root, ('motorcycle',), 'motorcycles')
-
-def light(x, rng):
-    "Brightness and gains of the channels"
-    import torch
-    gain = torch.tensor(rng.uniform(.8,1.2,(3,1,1))*rng.uniform(.7,1.3), dtype=torch.float32)
-    return (x.float()*gain).clamp(0,255).to(x.dtype)
 
 def curve(learn, fit):
     "(mAP, rank-1) after every epoch"

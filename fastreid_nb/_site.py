@@ -23,6 +23,7 @@ chapters = {
     'New cities':'What a new place costs a model, labels that nobody wrote, and training on them.',
     'Export':'A model as a file that other programs run, and that cannot be wrong without anybody noticing.',
     'Small and good':'What a large model knows, handed to a small one.',
+    'Small and good':'What a large model knows, handed to a small one; a new model for an old gallery; and learning on without forgetting.',
     'Published weights':"Somebody else's file of weights as a model of yours.",
     'Recipes':'A run as a file, the recipes that come with the library, and the command `reid`.',
     'Look up':'Every name, every term, and what the pages leave unsaid.'}

@@ -106,6 +106,8 @@ from .export.layers import *
 from .export.caffe import *
 from .kd.core import *
 from .kd.distill import *
+from .kd.compatible import *
+from .kd.lifelong import *
 from .kd.features import *
 from .kd.semi import *
 from .weights.core import *
