@@ -21,9 +21,8 @@ chapters = {
     'Evaluation':'How good a ranked list is, on images of people whom the model has never seen.',
     'Partial bodies':'When a wall hides half the person: matching by parts, and models that know what they see.',
     'New cities':'What a new place costs a model, labels that nobody wrote, and training on them.',
-    'Export':'A model as a file that other programs run, and that cannot be wrong without anybody noticing.',
-    'Small and good':'What a large model knows, handed to a small one.',
     'Small and good':'What a large model knows, handed to a small one; a new model for an old gallery; and learning on without forgetting.',
+    'Export':'A model as a file that other programs run, and that cannot be wrong without anybody noticing.',
     'Published weights':"Somebody else's file of weights as a model of yours.",
     'Recipes':'A run as a file, the recipes that come with the library, and the command `reid`.',
     'Look up':'Every name, every term, and what the pages leave unsaid.'}
