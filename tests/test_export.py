@@ -392,6 +392,7 @@ def test_a_folder_goes_on_where_it_stopped(file, data, tmp_path):
     assert model.seen==len(table)-4
     np.testing.assert_allclose(np.load(tmp_path/'out'/'emb.npy'), Predictor(file).embed(table.path), atol=.02)
 
+@pytest.mark.slow
 def test_a_folder_with_cameras(data, tmp_path):
     "Cameras of a folder are unknown"
     path = export_onnx(seeded(lambda: tiny_vit(3)), tmp_path/'m.onnx')

@@ -105,7 +105,7 @@ class GlobalContext(nn.Module):
         fmap:torch.Tensor, # Feature map, (B,C,h,w)
     )->torch.Tensor: # Weight of each position, (B,1,h,w), in (0,1), summing to 1 over an image
         "How much each position counts in the summary"
-        return self.conv_mask(fmap).flatten(2).softmax(-1).view(len(fmap), 1, *fmap.shape[2:])
+        return self.conv_mask(fmap).flatten(2).softmax(-1).view(fmap.shape[0], 1, *fmap.shape[2:])
 
     def forward(self,
         fmap:torch.Tensor, # Feature map, (B,C,h,w)

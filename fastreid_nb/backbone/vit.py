@@ -135,14 +135,14 @@ def _check_ids(name, ids, n, n_images):
 
 def _ids(name, ids, n, x, training):
     "Cameras or viewpoints as indices of the table; unknown ones are -1"
-    if n==0: return x.new_zeros(len(x), dtype=torch.long)
+    if n==0: return x.new_zeros(x.shape[0], dtype=torch.long)
     if ids is None:
         if training: raise ValueError(f'this network knows {n} {name}s: training needs the {name} of every image, '
             f'call it with {name}=… (-1 for unknown)')
-        return x.new_full((len(x),), -1, dtype=torch.long)
+        return x.new_full((x.shape[0],), -1, dtype=torch.long)
     ids = torch.as_tensor(ids, device=x.device)
     if type(ids) is not torch.Tensor: ids = ids.as_subclass(torch.Tensor)
-    _check_ids(name, ids, n, len(x))
+    _check_ids(name, ids, n, x.shape[0])
     return ids.long()
 
 # %% ../../nbs/02i_backbone.vit.ipynb #1d87950d
@@ -197,7 +197,7 @@ def embed(self:ViT,
         f'{self.img_size[1]} pixels (height×width), got {h}×{w}: resize them, or build it with img_size={(h,w)}, '
         'which stretches its positions')
     x = self.patch_embed(x).flatten(2).mT
-    x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+    x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
     if not (self.n_cams or self.n_views): return x
     cams = _ids('camid', camid, self.n_cams, x, self.training)
     views = _ids('viewid', viewid, self.n_views, x, self.training)
