@@ -45,7 +45,7 @@ def terms_of(run, student, teacher):
         relational=[RelationalKD(weight=5.)], similarity=[SimilarityKD('emb', weight=1000.)])[run]
 
 def loaders(data, size):
-    "The same batches and views in every run, whatever its seed, so that what a teacher says is computed once"
+    "The same batches, views and precision in every run, whatever its seed, so that what a teacher says is computed once"
     from fastreid_nb.all import hflip, pad_crop, reid_dls
     return reid_dls(data, size, p=2 if tiny else 8, k=4, augs=[hflip,pad_crop], num_workers=0)
 
@@ -55,18 +55,19 @@ def fit(learn, n, lr):
 
 def train_teacher(data, seed):
     "From small images to large ones: a fully convolutional network takes its weights along"
-    from fastreid_nb.all import reid_learner, reid_model, resnet50_ibn
+    import torch
+    from fastreid_nb.all import reid_learner, resnet50_ibn
     model = None
     for n,size,lr in zip(stages, sizes, (1e-3,7e-4,3.5e-4)):
         dls = loaders(data, size)
         how = dict(backbone=resnet50_ibn) if model is None else dict(model=model)
-        model = fit(reid_learner(dls, seed=seed, **how), n, lr)
+        model = fit(reid_learner(dls, seed=seed, dtype=torch.bfloat16, **how), n, lr)
     return model
 
 def train_student(data, seed, run, job):
     import torch
     from fastreid_nb.all import Distill, load_reid, reid_learner, resnet18
-    learn = reid_learner(loaders(data, small), resnet18, seed=seed)
+    learn = reid_learner(loaders(data, small), resnet18, seed=seed, dtype=torch.bfloat16)
     if run!='alone':
         teacher = load_reid(checkpoint(job, seed))
         torch.manual_seed(seed)

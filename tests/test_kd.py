@@ -434,7 +434,9 @@ def test_taps_are_what_the_last_relu_gets(name, make):
     blocks = [getattr(teacher.backbone, f'layer{i}')[-1] for i in (1,2,3,4)]
     hooks = [b.register_forward_hook(lambda m,a,y: after.__setitem__(m, y)) for b in blocks]
     with torch.no_grad(): teacher.outputs(torch.rand(4, 3, 64, 32))
-    for tap,b in zip(term.taps[1], blocks): assert torch.equal(tap.take().relu(), after[b])
+    for tap,b in zip(term.taps[1], blocks):
+        x = tap.take()
+        assert torch.equal(x.relu(), after[b]) and (x<0).any()
     off()
     for o in hooks: o.remove()
     assert not any(o._forward_pre_hooks or o._forward_hooks for o in teacher.modules())
@@ -474,6 +476,11 @@ def test_overhaul_in_a_fit(data):
     changed = [not torch.equal(a, b) for a,b in zip(was, values(term))]
     assert sum(changed)>=12   # all weights of the connectors, and their statistics
     assert not any(o._forward_pre_hooks for o in student.modules())
+
+def test_a_term_of_one_teacher_among_several(data, teacher):
+    student,big = nets(resnet18, resnet18)
+    learn = reid_learner(tiny_dls(data), model=student, dtype=torch.float32, cbs=Distill([teacher,big], PKT(), Overhaul(student, big)))
+    assert list(fit(learn, 1, 1e-3).recorder.parts)==['ce','triplet','pkt','overhaul']
 
 def test_overhaul_resumes(data, tmp_path):
     def go(*cbs):
