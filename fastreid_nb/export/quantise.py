@@ -72,6 +72,7 @@ class _Batches:
     def __init__(self, feeds): self.rest = iter(feeds)
     def get_next(self): return next(self.rest, None)
 
+# %% ../../nbs/12c_export.quantise.ipynb #c68f5872
 def _embeddings(proto, feeds):
     "(N,D) by a graph, or by a file"
     session = open_session(proto if isinstance(proto, (str,Path)) else proto.SerializeToString())
