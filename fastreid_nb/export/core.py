@@ -93,10 +93,11 @@ def to_onnx(net, with_cameras, opset):
     shape = (h,w,3) if layout=='NHWC' else (3,h,w)
     args,batch = [torch.zeros(2, *shape, dtype=torch.uint8)],torch.export.Dim('batch')
     if with_cameras: args.append(torch.zeros(2, dtype=torch.long))
+    names = dict(input_names=['images','camid'][:len(args)], output_names=['emb'])
+    how = dict(dynamo=True, opset_version=opset, dynamic_shapes=[{0:batch}]*len(args), verbose=False)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try: return torch.onnx.export(net, tuple(args), dynamo=True, opset_version=opset, verbose=False,
-            input_names=['images','camid'][:len(args)], output_names=['emb'], dynamic_shapes=[{0:batch}]*len(args)).model_proto
+        try: return torch.onnx.export(net, tuple(args), **names, **how).model_proto
         except torch.onnx.OnnxExporterError as e:
             why = str(e.__cause__ or e).strip().splitlines()[0]
             raise ValueError(f'{type(net.model).__name__} cannot be written as a graph: {why}') from e
