@@ -1,7 +1,8 @@
 """A ResNet-18 at 128×64 taught by a ResNet-50-IBN at 256×128: share of the gap in mAP between student alone and teacher that the best term closes (bar 0.5)
 
 Every run leaves a line in kd.csv beside this file; what is there is not run again. KD=tiny runs a small size into a file of its own;
-KD_IDS (people in training), KD_TEACHER (epochs at a quarter, at half, and at the full size), KD_STUDENT (epochs) and KD_CAST set other sizes."""
+KD_IDS (people in training), KD_TEACHER (epochs at a quarter, at half, and at the full size), KD_STUDENT (epochs), KD_SMALL (the student's
+height and width) and KD_CAST (how much the colours of cameras differ) set other sizes."""
 import csv, os, statistics as st, time
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,8 +15,8 @@ stages = [int(o) for o in os.environ.get('KD_TEACHER', '4,3,3' if tiny else '14,
 n_epoch = int(os.environ.get('KD_STUDENT', 1 if tiny else 20))
 cast = float(os.environ.get('KD_CAST', 1.6))
 sizes = [(32,16),(48,24),(64,32)] if tiny else [(64,32),(128,64),(256,128)]
-small = sizes[0] if tiny else sizes[1]
-setting = f'{n_ids} people, cast {cast}, teacher {stages}, student {n_epoch}'
+small = tuple(int(o) for o in os.environ.get('KD_SMALL', '32,16' if tiny else '128,64').split(','))
+setting = f'{n_ids} people, cast {cast}, teacher {stages}, student {n_epoch} at {small[0]}×{small[1]}'
 methods = 'soft_kl','logit_l1','pkt','paper','relational','similarity','overhaul'
 
 def found():

@@ -181,6 +181,7 @@ def _ask(self:Distill, net, x, camid):
 
 @patch
 def before_batch(self:Distill):
+    "Ask the teachers, and give the student its size"
     x,camid = self.xb[0],self.yb[1]
     nets = self.teachers+([self.average] if self.ema else [])
     kept = self._recall(x) if self.folder else None
@@ -192,15 +193,19 @@ def before_batch(self:Distill):
 # %% ../../nbs/11a_kd.distill.ipynb #002601a
 @patch
 def after_pred(self:Distill):
+    "Gather what the teachers of all processes said, where the student's outputs are gathered"
     across = [o for o in self.learn.cbs if isinstance(o, AcrossProcesses) and o.home and o.gather]
     if across: self.said[:] = [(net,_gathered(o)) for net,o in self.said]
 
 @patch
 def after_step(self:Distill):
+    "Let the moving average follow the student"
     if self.ema: move_to(tensors_of(self.average), tensors_of(bare_module(self.model)), 1-self.ema)
 
 @patch
-def after_fit(self:Distill): self.undo()
+def after_fit(self:Distill):
+    "Give everything back"
+    self.undo()
 
 # %% ../../nbs/11a_kd.distill.ipynb #002901a
 def _packed(out): return [[o.cpu() for o in x] if isinstance(x, (list,tuple)) else x.cpu() for x in out]
@@ -215,7 +220,9 @@ def _gathered(out):
 
 # %% ../../nbs/11a_kd.distill.ipynb #003001a
 @patch
-def before_train(self:Distill): self.file,self.kept,self.new = None,None,[]
+def before_train(self:Distill):
+    "Begin an epoch of the cache"
+    self.file,self.kept,self.new = None,None,[]
 
 @patch
 def _recall(self:Distill, x):
@@ -230,16 +237,19 @@ def _recall(self:Distill, x):
 
 @patch
 def after_train(self:Distill):
+    "Write what was said, if it is new and the whole epoch"
     if self.kept is not None or len(self.new)<len(self.dls.train): return
     with atomic_path(self.file) as tmp: torch.save(self.new, tmp)
 
 # %% ../../nbs/11a_kd.distill.ipynb #003201a
 @patch
-def state_dict(self:Distill):
+def state_dict(self:Distill)->dict: # Tensors of the moving average
     "What an interrupted run needs to go on: the moving average"
     return dict(average=[o.clone() for o in tensors_of(self.average)] if self.average else [])
 
 @patch
-def load_state_dict(self:Distill, state):
+def load_state_dict(self:Distill,
+    state:dict, # From `state_dict`
+):
     "Go on with the moving average of an earlier process"
     for a,b in zip(tensors_of(self.average) if self.average else [], state['average']): a.copy_(b)

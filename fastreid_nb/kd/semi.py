@@ -114,6 +114,7 @@ def _next_images(self):
 # %% ../../nbs/11e_kd.semi.ipynb #002101e
 @patch
 def before_batch(self:SSKD):
+    "Put unlabelled images behind the labelled ones, and ask the teachers about both"
     x = self.xb[0]
     Distill.before_batch(self)
     more,nets = _next_images(self),[o for o,_ in self.said]
@@ -123,6 +124,7 @@ def before_batch(self:SSKD):
 
 @patch
 def after_pred(self:SSKD):
+    "Take the outputs of unlabelled images off"
     n = self.n_labelled
     emb = _cut(self.pred, n, None).emb
     self.aux.emb = torch.cat(emb, 1) if isinstance(emb, (list,tuple)) else emb
