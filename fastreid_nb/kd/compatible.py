@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/kd.compatible.html.md"""
 # %% auto #0
 __all__ = ['compatibility', 'CompatibleLoss', 'GalleryMap']
 
-# %% ../../nbs/11b_kd.compatible.ipynb #f5e5b56b
+# %% ../../nbs/11b_kd.compatible.ipynb #05cf367f
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ..eval.features import Features, _tiles, _unit, evaluate
 from ..eval.inference import all_finite, data_of, device_of, embed_batches
 from ..crossdomain.uda import _class_means
 
-# %% ../../nbs/11b_kd.compatible.ipynb #d6079fc9
+# %% ../../nbs/11b_kd.compatible.ipynb #237ba381
 def _same_images(old, new, side):
     "Refuse features of two models that are not of the same images in the same order"
     same = len(old)==len(new)
@@ -38,7 +38,7 @@ def _same_images(old, new, side):
 
 def _line(res): return {'mAP':res.mAP, 'rank-1':res.rank(1), 'mINP':res.mINP}
 
-# %% ../../nbs/11b_kd.compatible.ipynb #f9032471
+# %% ../../nbs/11b_kd.compatible.ipynb #0c7c50de
 @delegates(evaluate)
 def compatibility(
     old:tuple, # `Features` of queries and gallery by the old model
@@ -56,7 +56,7 @@ def compatibility(
     table = pd.DataFrame(rows).T.rename_axis('query/gallery')
     return table.assign(**{'over old':table.mAP/table.mAP['old/old']})
 
-# %% ../../nbs/11b_kd.compatible.ipynb #1ec552dd
+# %% ../../nbs/11b_kd.compatible.ipynb #15666b65
 class CompatibleLoss(LossTerm):
     "Cross entropy of new embeddings against rows of an old model, which stay as they are"
     name = 'compatible'
@@ -90,7 +90,7 @@ class CompatibleLoss(LossTerm):
         total = F.cross_entropy(logits, row, ignore_index=-1, reduction='sum')
         return total/(row>=0).sum().clamp(min=1)
 
-# %% ../../nbs/11b_kd.compatible.ipynb #001fbb27
+# %% ../../nbs/11b_kd.compatible.ipynb #ffe34ae0
 def _classifier(model):
     "The one classifier of a model"
     found = [o for k,o in model.named_modules() if k.split('.')[-1]=='classifier' and hasattr(o, 'weight')]
@@ -98,7 +98,7 @@ def _classifier(model):
     raise ValueError(f'the old model has {len(found)} classifiers with {sum(len(o.weight) for o in found)} rows: expected '
         'one that knows people; use CompatibleLoss.from_centres')
 
-# %% ../../nbs/11b_kd.compatible.ipynb #4315074d
+# %% ../../nbs/11b_kd.compatible.ipynb #08ffb2f7
 @patch(cls_method=True)
 def from_classifier(cls:CompatibleLoss,
     old:ReIDModel, # With its classifier and `pid_names`, as `load_reid` gives it
@@ -114,7 +114,7 @@ def from_classifier(cls:CompatibleLoss,
         f'{len(where)} names of the old model: use CompatibleLoss.from_centres')
     return cls(layer.weight, row_of, .05 if getattr(layer, 'cosine', False) else None, weight=weight)
 
-# %% ../../nbs/11b_kd.compatible.ipynb #c300d5c3
+# %% ../../nbs/11b_kd.compatible.ipynb #b98cb65f
 @patch(cls_method=True)
 def from_centres(cls:CompatibleLoss,
     old:ReIDModel, # Any model with a `preproc`
@@ -131,7 +131,7 @@ def from_centres(cls:CompatibleLoss,
     pid = torch.as_tensor(np.searchsorted(dls.pids, df.pid.to_numpy()))
     return cls(_unit(_class_means(emb, pid)), None, temperature, on, weight)
 
-# %% ../../nbs/11b_kd.compatible.ipynb #19a98fda
+# %% ../../nbs/11b_kd.compatible.ipynb #7e62eb9b
 def _matched(old, new):
     "Positions of the same image in two sets of features, (n,2)"
     lack = [side for side,o in (('old',old),('new',new)) if 'path' not in o.df]
@@ -149,7 +149,7 @@ def _products(x, y, pairs):
         for total,part in zip(sums, (a.sum(0), b.sum(0), a.T@a, a.T@b)): total += part
     return [o/len(pairs) for o in sums]
 
-# %% ../../nbs/11b_kd.compatible.ipynb #8de445b1
+# %% ../../nbs/11b_kd.compatible.ipynb #54de6ba7
 @dataclass
 class GalleryMap:
     "A linear map from the embedding space of an old model to that of a new one"
@@ -160,7 +160,7 @@ class GalleryMap:
 
     def __repr__(self): return f'GalleryMap {" → ".join(map(str, self.weight.shape))}, {self.how}, {self.n} exemplars'
 
-# %% ../../nbs/11b_kd.compatible.ipynb #846ebcff
+# %% ../../nbs/11b_kd.compatible.ipynb #44eba165
 @patch(cls_method=True)
 def fit(cls:GalleryMap,
     old:Features, # Exemplars by the old model; images that only one side has are left out
@@ -185,7 +185,7 @@ def fit(cls:GalleryMap,
         shift = mean_y-mean_x@weight
     return cls(weight.float(), shift.float(), how, len(pairs))
 
-# %% ../../nbs/11b_kd.compatible.ipynb #1a4818ad
+# %% ../../nbs/11b_kd.compatible.ipynb #65240fd4
 @patch
 def __call__(self:GalleryMap,
     feats:Features, # By the old model
@@ -209,7 +209,7 @@ def _to_disk(blocks, path, shape):
         out.flush()
     return np.load(path, mmap_mode='r')
 
-# %% ../../nbs/11b_kd.compatible.ipynb #61747cdc
+# %% ../../nbs/11b_kd.compatible.ipynb #84be63e9
 @patch
 def save(self:GalleryMap,
     path:str|Path, # File to write, usually `.pt`

@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/kd.lifelong.html.md"""
 # %% auto #0
 __all__ = ['lifelong_learner', 'lifelong_scores', 'average_models', 'choose_exemplars']
 
-# %% ../../nbs/11c_kd.lifelong.ipynb #fdcdad4a
+# %% ../../nbs/11c_kd.lifelong.ipynb #986f9955
 import numpy as np, pandas as pd, torch
 from copy import deepcopy
 from dataclasses import replace
@@ -29,7 +29,7 @@ from ..eval.features import _unit
 from ..eval.inference import device_of, embed_batches
 from ..crossdomain.uda import _class_means, without_classes
 
-# %% ../../nbs/11c_kd.lifelong.ipynb #c419b954
+# %% ../../nbs/11c_kd.lifelong.ipynb #f0ce4b05
 def with_classes(model, dls, seed=0):
     "A copy of a model whose classifiers have a row for each identity of the loaders; rows of known people stay"
     names = class_names(dls)
@@ -51,7 +51,7 @@ def _fill_rows(new, model, name, n, pairs):
     parent,_,child = name.rpartition('.')
     setattr(new.get_submodule(parent), child, layer)
 
-# %% ../../nbs/11c_kd.lifelong.ipynb #288b5772
+# %% ../../nbs/11c_kd.lifelong.ipynb #7d0174f1
 def _check_there(data):
     "Refuse exemplars that cannot be read"
     images,bad = TableImages(data.train),[]
@@ -74,7 +74,7 @@ def _shares(data, memory, share):
     own,past = data.train.dsetid.unique(),[o for m in memory for o in m.train.dsetid.unique()]
     return {o:(1-share)/len(own) for o in own} | {o:share/len(past) for o in past}
 
-# %% ../../nbs/11c_kd.lifelong.ipynb #afbb03de
+# %% ../../nbs/11c_kd.lifelong.ipynb #e46988b2
 def lifelong_learner(
     model:ReIDModel, # What was learnt so far; not changed
     data:ReIDData, # The next city
@@ -97,7 +97,7 @@ def lifelong_learner(
         seed=seed, batches=batches)
     return reid_learner(dls, model=with_classes(model, dls, seed), seed=seed, **kwargs)
 
-# %% ../../nbs/11c_kd.lifelong.ipynb #0b719805
+# %% ../../nbs/11c_kd.lifelong.ipynb #7897fd66
 def lifelong_scores(
     table:pd.DataFrame, # Score of each model (rows, in the order of learning) in each city (columns, the same order)
     start:pd.Series=None, # Scores of a model that has learnt nothing, by city, for the forward transfer
@@ -114,7 +114,7 @@ def lifelong_scores(
     before = np.r_[np.nan, R.diagonal(1)]
     return res.assign(forward=before-start[list(table.columns)].to_numpy(float))
 
-# %% ../../nbs/11c_kd.lifelong.ipynb #2694abeb
+# %% ../../nbs/11c_kd.lifelong.ipynb #3c47ac78
 def average_models(
     old:nn.Module, # Before the new city
     new:nn.Module, # After it, of the same architecture
@@ -130,7 +130,7 @@ def average_models(
     with torch.no_grad(): move_to(list(mine.values()), [theirs[k].to(v.device) for k,v in mine.items()], 1-share)
     return res
 
-# %% ../../nbs/11c_kd.lifelong.ipynb #489a8d93
+# %% ../../nbs/11c_kd.lifelong.ipynb #3b90bf54
 def _closeness(df, model, num_workers):
     "Cosine of each image and the mean of its identity"
     emb = _unit(embed_batches(model, plain_dl(df, model.preproc, 128, num_workers, device_of(model)), progress=False))
@@ -143,7 +143,7 @@ def _camera_turns(df, rank, n):
     df = df.assign(_turn=df.groupby(['pid','camid']).cumcount()).sort_values(['pid','_turn','_rank'], kind='stable')
     return df.groupby('pid').head(n).drop(columns=['_rank','_turn']).reset_index(drop=True)
 
-# %% ../../nbs/11c_kd.lifelong.ipynb #e8a1afac
+# %% ../../nbs/11c_kd.lifelong.ipynb #a20ecbff
 def choose_exemplars(
     data:ReIDData, # A city whose training images are still there
     n_ids:int=32, # Identities
