@@ -126,8 +126,9 @@ def test_family(people, name, tmp_path):
     model = seen(families[name], people)
     source = export_onnx(model, tmp_path/'m.onnx', people, layout='NCHW')
     assert check_tensorrt(source)==[]
-    small = quantise_onnx(source, model, people, runtime='tensorrt')
-    assert onnx_meta(small)['gate']['mean_cosine']>=.99 and check_tensorrt(small)==[]
+    q = Quantiser(source, _feeds(people, onnx_meta(source), 32), True, tmp_path)   # scores of an untrained network say nothing
+    onnx.save(q.make(q.nodes), tmp_path/'q.onnx')
+    assert check_tensorrt(tmp_path/'q.onnx')==[] and q.lost(q.nodes)<.1
 
 @pytest.mark.slow
 def test_transformer(people, tmp_path):

@@ -11,6 +11,7 @@ __all__ = ['quantise_onnx', 'precision_table', 'quantise_pt2e']
 import logging, numpy as np, pandas as pd, torch
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fastcore.basics import patch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,22 +97,25 @@ class Quantiser:
         self.kinds = _weighted if self.signed else _unsigned
         self.nodes = _chosen(self.graph, self.kinds)
 
-    def make(self, nodes):
-        "The graph with the operations `nodes` in integers"
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_static
-        kind,out = QuantType.QInt8 if self.signed else QuantType.QUInt8,self.folder/'quantised.onnx'
-        more = dict(ActivationSymmetric=self.signed)
-        if self.signed: more['OpTypesToExcludeOutputQuantization'] = _weighted
-        with _quiet(): quantize_static(self.path, out, _Batches(self.feeds), op_types_to_quantize=self.kinds,
-            per_channel=True, activation_type=kind, weight_type=QuantType.QInt8, nodes_to_quantize=[*nodes],
-            extra_options=more, calibration_cache_path=self.folder/'ranges.json')
-        return onnx.load(out)
+# %% ../../nbs/12c_export.quantise.ipynb #9978a99b
+@patch
+def make(self:Quantiser, nodes):
+    "The graph with the operations `nodes` in integers"
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+    kind,out = QuantType.QInt8 if self.signed else QuantType.QUInt8,self.folder/'quantised.onnx'
+    more = dict(ActivationSymmetric=self.signed)
+    if self.signed: more['OpTypesToExcludeOutputQuantization'] = _weighted
+    with _quiet(): quantize_static(self.path, out, _Batches(self.feeds), op_types_to_quantize=self.kinds,
+        per_channel=True, activation_type=kind, weight_type=QuantType.QInt8, nodes_to_quantize=[*nodes],
+        extra_options=more, calibration_cache_path=self.folder/'ranges.json')
+    return onnx.load(out)
 
-    def lost(self, nodes):
-        "How much of the cosine is lost, on average, with `nodes` in integers"
-        if not nodes: return 0.
-        return 1-torch.cosine_similarity(_embeddings(self.make(nodes), self.judges), self.want).mean().item()
+@patch
+def lost(self:Quantiser, nodes):
+    "How much of the cosine is lost, on average, with `nodes` in integers"
+    if not nodes: return 0.
+    return 1-torch.cosine_similarity(_embeddings(self.make(nodes), self.judges), self.want).mean().item()
 
 # %% ../../nbs/12c_export.quantise.ipynb #a91a3393
 def _worst_node(nodes, lost):

@@ -175,6 +175,7 @@ class Engine:
         stream.synchronize()
         return [made[k].cpu().numpy() for k in outputs]
 
+# %% ../../nbs/12d_export.tensorrt.ipynb #c9a357bb
 def _gated(session, meta, model, images, precision):
     "The agreement of what runs a file with the model; an error beyond the tolerance of a precision"
     probe,least = probe_images(images),tolerances.get(precision)
