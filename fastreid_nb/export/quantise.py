@@ -73,13 +73,12 @@ class _Batches:
     def __init__(self, feeds): self.rest = iter(feeds)
     def get_next(self): return next(self.rest, None)
 
-# %% ../../nbs/12c_export.quantise.ipynb #c68f5872
+# %% ../../nbs/12c_export.quantise.ipynb #5d2bb104
 def _embeddings(proto, feeds):
     "(N,D) by a graph, or by a file"
     session = open_session(proto if isinstance(proto, (str,Path)) else proto.SerializeToString())
     return torch.from_numpy(np.concatenate([session.run(['emb'], o)[0] for o in feeds]))
 
-# %% ../../nbs/12c_export.quantise.ipynb #5d2bb104
 @dataclass
 class Quantiser:
     "A file, and the ranges of its maps on some images"
