@@ -20,7 +20,7 @@ from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.eval.agreement import few, probe_images, same_cosine
 from fastreid_nb.eval.inference import Mirrored, embed
 from fastreid_nb.export import core, predictor
-from fastreid_nb.export.core import Deployed, Resize, Runner, export_onnx, gate, plain_copy, stage_errors, to_onnx, write_onnx
+from fastreid_nb.export.core import Deployed, Resize, Runner, check_onnx, export_onnx, plain_copy, stage_errors, to_onnx, write_onnx
 from fastreid_nb.export.folder import OnnxModel, embed_folder
 from fastreid_nb.export.predictor import Predictor, onnx_meta
 from fastreid_nb.heads.ensemble import Ensemble
@@ -197,14 +197,14 @@ def scale_input(kind, factor):
     (scale('head.neck', np.linspace(-1, 1, 32), 1), r'the neck \(head.neck')])
 def test_the_gate_names_the_stage(staged, tmp_path, change, place):
     with pytest.raises(ValueError, match=f'does not compute what the model computes.*is in ({place})'):
-        gate(damaged(staged, tmp_path/'bad.onnx', change), staged[0])
+        check_onnx(damaged(staged, tmp_path/'bad.onnx', change), staged[0])
 
 def test_a_swap_of_channels_is_found(staged, tmp_path):
     "BGR in place of RGB: the weights of the first convolution are turned around"
     def swap(proto):
         w = next(o for o in proto.graph.initializer if 'stem' in o.name and len(o.dims)==4)
         w.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(w)[:,::-1].copy(), w.name))
-    with pytest.raises(ValueError, match='the stem'): gate(damaged(staged, tmp_path/'bad.onnx', swap), staged[0])
+    with pytest.raises(ValueError, match='the stem'): check_onnx(damaged(staged, tmp_path/'bad.onnx', swap), staged[0])
 
 def test_no_file_is_left_by_a_wrong_export(model, tmp_path, monkeypatch):
     "An earlier file stays, and no temporary one"
@@ -226,7 +226,7 @@ def test_a_batch_that_is_fixed_is_found(staged, tmp_path):
     net,x = Deployed(m, 'NHWC', (64,32), False, None).eval(),torch.zeros(2, 64, 32, 3, dtype=torch.uint8)
     made = torch.onnx.export(net, (x,), dynamo=True, opset_version=18, verbose=False, input_names=['images'], output_names=['emb'])
     write_onnx(tmp_path/'two.onnx', made.model_proto, meta)
-    with pytest.raises(ValueError, match='cannot run 1 images'): gate(tmp_path/'two.onnx', m)
+    with pytest.raises(ValueError, match='cannot run 1 images'): check_onnx(tmp_path/'two.onnx', m)
 
 def test_the_probe_takes_what_users_have(data, tmp_path):
     q,g = few(data, 6)

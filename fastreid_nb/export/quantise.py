@@ -23,7 +23,7 @@ from ..data.preproc import Preproc
 from ..heads.speed import time_in_turn
 from ..eval.agreement import agreement, probe_images
 from ..eval.inference import as_list
-from .core import Deployed, Runner, both_ways, gate, open_session, plain_copy, write_onnx
+from .core import Deployed, Runner, both_ways, check_onnx, open_session, plain_copy, write_onnx
 from .predictor import Predictor, onnx_meta
 
 # %% ../../nbs/12c_export.quantise.ipynb #ba03a6e5
@@ -155,7 +155,7 @@ def _keep(to, proto, meta, model, images):
     meta = meta|dict(stages={k:v for k,v in meta['stages'].items() if v in made})
     with atomic_path(to) as part:
         write_onnx(part, proto, meta)
-        report = gate(part, model, images, least.worst, least.drop, max_rise=1.)
+        report = check_onnx(part, model, images, least.worst, least.drop, max_rise=1.)
         if report.mean_cosine<least.mean: raise ValueError(f'{report}; expected a mean cosine of {least.mean} or more')
         found = asdict(report)
         found.pop('worst')   # a name of the user's
@@ -249,7 +249,7 @@ def quantise_onnx(
 def precision_table(
     files:dict, # Name to file by `export_onnx` or `quantise_onnx`, the float one first
     model:nn.Module, # What they were made from
-    images=None, # What they are compared on, as in `gate`
+    images=None, # What they are compared on, as in `check_onnx`
     bs:int=8, # Images in a batch
     threads:int=None, # Threads of onnxruntime; by default one per physical core
     budget:float=3., # Seconds of measuring
@@ -258,7 +258,7 @@ def precision_table(
     if not files: raise ValueError('no files: expected a dictionary of name to file')
     runs,rows = {},{}
     for name,path in files.items():
-        p,res = Predictor(path, threads, bs=bs),gate(path, model, images, -1., 1., 1.)
+        p,res = Predictor(path, threads, bs=bs),check_onnx(path, model, images, -1., 1., 1.)
         shape = (*p.size,3) if p.meta['layout']=='NHWC' else (3,*p.size)
         runs[name] = partial(p.run, np.random.default_rng(0).integers(0, 256, (bs,*shape), dtype=np.uint8))
         rows[name] = dict(MB=Path(path).stat().st_size/1e6, mean=res.mean_cosine, worst=res.worst_cosine,
