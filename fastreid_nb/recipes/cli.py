@@ -1,4 +1,4 @@
-"""The command `reid`: a demonstration, a doctor for your images, experiments, searches, scores, and all that `15i_recipes.use` does with a trained model
+"""The command `reid`: a demonstration, a doctor for your images, experiments, searches, scores, and everything a trained model is used for
 
 Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.cli.html.md"""
 
