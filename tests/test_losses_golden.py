@@ -121,7 +121,7 @@ def test_triplet(path, key):
     x = leaf(z[f'{name}_embedding'])
     val = triplet_of(key)(out_of(x), labels(z[f'{name}_targets']))
     val.backward()
-    close(val, best(z, key))
+    close(val, best(z, key), tiny=2e-7)   # a difference of distances around 1, in float32
     close(x.grad, best(z, key.replace('_loss', '_grad')))
 
 @pytest.mark.parametrize('path,key', keys('losses_metric*.npz', metric+'dist_a[pn]'))
