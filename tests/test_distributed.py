@@ -1,31 +1,15 @@
 """Two processes on the CPU, connected by gloo, against one: losses, scores, statistics, order of gathered rows, and an end without a hang.
 
 All of it in one pair of processes, because most of their time goes into starting."""
-import json, socket, time
+import json, time
 
 import fresh, pytest
 from fastreid_nb.recipes.ledger import Ledger
 
-script = '''
-import json, os, sys, torch
-from fastai.callback.core import Callback
-from fastreid_nb.all import *
+script = fresh.small+'''
 from fastreid_nb.train.distributed import AllRows, processes
-from torch import nn
 
-torch.set_num_threads(1)
-folder,p,out = sys.argv[1],int(sys.argv[2]),sys.argv[3]
 rank = int(os.environ.get('RANK', 0))
-
-def tiny():
-    net = nn.Sequential(nn.Conv2d(3, 16, 5, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2))
-    net.n_feat = 32
-    return net
-
-class Note(Callback):
-    run_valid = False
-    def before_fit(self): self.seen = []
-    def after_loss(self): self.seen.append(self.learn.loss.item())
 
 class Dies(Callback):
     def before_batch(self):
@@ -59,18 +43,13 @@ if processes()>1:
 def start(tmp, name, p, **env):
     return fresh.Fresh(tmp/f'{name}{env.get("RANK", "")}.txt', script, tmp/'toy', p, tmp/name, **env)
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "What one process and each of two wrote; how the two ended, and after how many seconds the survivor did"
     tmp = tmp_path_factory.mktemp('dist')
     alone = start(tmp, 'one', 8)
     assert alone.wait(300)==0, alone.text
-    net = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE='2')
+    net = fresh.meeting()
     pair = [start(tmp, 'two', 4, RANK=str(r), LOCAL_RANK=str(r), **net) for r in range(2)]
     codes = [pair[1].wait(300)]
     died = time.monotonic()

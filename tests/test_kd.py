@@ -1,5 +1,5 @@
 "Distillation: losses against the reference and against loops, the callback, feature maps, unlabelled images"
-import itertools, json, re, socket
+import itertools, json, re
 from copy import deepcopy
 from functools import partial
 
@@ -536,25 +536,7 @@ def test_an_unlabelled_image_that_is_gone(data, teacher):
 
 ## Two processes
 
-script = '''
-import json, os, sys, torch
-from fastai.callback.core import Callback
-from fastreid_nb.all import *
-from torch import nn
-
-torch.set_num_threads(1)
-folder,p,out = sys.argv[1],int(sys.argv[2]),sys.argv[3]
-
-def tiny():
-    net = nn.Sequential(nn.Conv2d(3, 16, 5, 4), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2))
-    net.n_feat = 32
-    return net
-
-class Note(Callback):
-    run_valid = False
-    def before_fit(self): self.seen = []
-    def after_loss(self): self.seen.append(self.learn.loss.item())
-
+script = fresh.small+'''
 data = toy_reid(folder, n_ids=23, size=(64,32), progress=False)
 dls = reid_dls(data, (32,32), p, 4, augs=[], num_workers=0)
 torch.manual_seed(3)
@@ -566,18 +548,13 @@ res = dict(losses=note.seen, weight=learn.model.head.classifier.weight[0].tolist
 json.dump(res, open(out+os.environ.get('RANK', '0')+'.json', 'w'))
 '''
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path):
     "The teachers' outputs of both are gathered as the student's are"
     def start(name, p, **env): return fresh.Fresh(tmp_path/f'{name}{env.get("RANK", "")}.txt', script, tmp_path/'toy', p, tmp_path/name, **env)
     alone = start('one', 8)
     assert alone.wait(300)==0, alone.text
-    net = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()), WORLD_SIZE='2')
+    net = fresh.meeting()
     pair = [start('two', 4, RANK=str(r), LOCAL_RANK=str(r), **net) for r in range(2)]
     for o in pair: assert o.wait(300)==0, o.text
     one,*two = (json.loads((tmp_path/f'{o}.json').read_text()) for o in ('one0','two0','two1'))

@@ -12,7 +12,7 @@ from fastreid_nb.heads.model import reid_model
 from fastreid_nb.kd import compatible
 from fastreid_nb.kd.compatible import CompatibleLoss, GalleryMap, compatibility
 from fastreid_nb.kd.core import PKT, RelationalKD, SimilarityKD
-from fastreid_nb.kd.lifelong import average_models, choose_exemplars, lifelong_learner, lifelong_scores, with_classes
+from fastreid_nb.kd.lifelong import average_models, choose_exemplars, lifelong_learner, lifelong_scores, with_more_classes
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 from fastreid_nb.train.core import class_names
 from tiny_models import TinyNet, tiny_dls
@@ -322,7 +322,7 @@ def test_average_of_models(towns):
 def test_average_across_cities(towns):
     "Classifiers of two sizes do not matter"
     a = tiny_model(towns[0])
-    b = with_classes(a, tiny_dls(replace(towns[1], train=towns[1].train[towns[1].train.pid<6].reset_index(drop=True))))
+    b = with_more_classes(a, tiny_dls(replace(towns[1], train=towns[1].train[towns[1].train.pid<6].reset_index(drop=True))))
     assert len(average_models(a, b).head.classifier.weight)==len(b.head.classifier.weight)<8
 
 def test_average_refuses_strangers(towns):

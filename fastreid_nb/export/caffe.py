@@ -198,7 +198,7 @@ def _first_difference(net, module, x):
         if want is None: continue
         same = want.shape==got.shape and (want-got).abs().max()<=.01*want.abs().max()
         if not same: return path
-    return 'the end of the head' 
+    return 'the end of the head'
 
 # %% ../../nbs/12f_export.caffe.ipynb #66c1d58b
 @dataclass

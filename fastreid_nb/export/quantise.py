@@ -297,15 +297,18 @@ class _Module:
     def run(self, names, given):
         with torch.no_grad(): return [self.net(torch.from_numpy(given['images'])).numpy()]
 
-def _check_pt2e(net, model, images):
-    "The agreement of an integer program with the model; an error beyond the tolerance"
-    meta = dict(layout='NCHW', input_size=model.preproc.size, size=model.preproc.size, resample=model.preproc.resample,
-        n_cams=0, camera=None, flip=False, inputs=['images'])
-    probe,least = probe_images(images),tolerances['int8']
-    res = agreement(*both_ways(Runner(_Module(net), meta, model), probe), probe)
+def _gated(session, meta, model, images, precision, what):
+    "The agreement of anything that runs like a session with the model; an error beyond the tolerance of a precision"
+    probe,least = probe_images(images),tolerances.get(precision, Tolerance(.9999, .9999, .001))
+    res = agreement(*both_ways(Runner(session, meta, plain_copy(model)), probe), probe)
     moved = min(res.mAP_change, res.rank1_change)
     if res.mean_cosine>=least.mean and res.worst_cosine>=least.worst and moved>=-least.drop: return res
-    raise ValueError(f'the integer program does not compute what the model computes. {res}; expected {least}')
+    raise ValueError(f'the {what} does not compute what the model computes. {res}; expected {least}')
+
+def _check_pt2e(net, model, images):
+    meta = dict(layout='NCHW', input_size=model.preproc.size, size=model.preproc.size, resample=model.preproc.resample,
+        n_cams=0, camera=None, flip=False, inputs=['images'])
+    return _gated(_Module(net), meta, model, images, 'int8', 'integer program')
 
 # %% ../../nbs/12c_export.quantise.ipynb #753a257d
 def quantise_pt2e(

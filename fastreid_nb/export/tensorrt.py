@@ -12,10 +12,9 @@ import torch
 from pathlib import Path
 from torch import nn
 from ..data.files import atomic_path, check_choice, check_number
-from ..eval.agreement import Agreement, agreement, probe_images
-from .core import Runner, both_ways, plain_copy
+from ..eval.agreement import Agreement
 from .predictor import onnx_meta
-from .quantise import _feeds, tolerances
+from .quantise import _feeds, _gated
 
 # %% ../../nbs/12d_export.tensorrt.ipynb #d71e56af
 _version,_opsets = '10.15',(9,24)
@@ -175,16 +174,6 @@ class Engine:
         stream.synchronize()
         return [made[k].cpu().numpy() for k in outputs]
 
-# %% ../../nbs/12d_export.tensorrt.ipynb #c9a357bb
-def _gated(session, meta, model, images, precision):
-    "The agreement of what runs a file with the model; an error beyond the tolerance of a precision"
-    probe,least = probe_images(images),tolerances.get(precision)
-    res = agreement(*both_ways(Runner(session, meta, plain_copy(model)), probe), probe)
-    mean,worst,drop = (least.mean,least.worst,least.drop) if least else (.9999,.9999,.001)
-    bad = res.mean_cosine<mean or res.worst_cosine<worst or min(res.mAP_change, res.rank1_change)<-drop
-    if bad: raise ValueError(f'the engine does not compute what the model computes. {res}; expected {mean} on average, {worst} at worst')
-    return res
-
 # %% ../../nbs/12d_export.tensorrt.ipynb #44dfbf97
 def build_engine(
     path:str|Path, # File by `export_onnx` or `quantise_onnx`, layout 'NCHW'
@@ -208,6 +197,6 @@ def build_engine(
     if precision: _set_precision(trt, builder, config, profile, precision, feeds, to.with_suffix('.cache'))
     raw = builder.build_serialized_network(network, config)
     if raw is None: raise ValueError(f'{path}: TensorRT {trt.__version__} built no engine; its log says why')
-    report = _gated(Engine(trt, bytes(raw)), meta, model, images, precision or meta['precision'])
+    report = _gated(Engine(trt, bytes(raw)), meta, model, images, precision or meta['precision'], 'engine')
     with atomic_path(to) as part: part.write_bytes(bytes(raw))
     return report

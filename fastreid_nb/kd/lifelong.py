@@ -30,7 +30,7 @@ from ..eval.inference import device_of, embed_batches
 from ..crossdomain.uda import _class_means, without_classes
 
 # %% ../../nbs/11c_kd.lifelong.ipynb #f0ce4b05
-def with_classes(model, dls, seed=0):
+def with_more_classes(model, dls, seed=0):
     "A copy of a model whose classifiers have a row for each identity of the loaders; rows of known people stay"
     names = class_names(dls)
     where = {o:i for i,o in enumerate(getattr(model, 'pid_names', []))}
@@ -95,7 +95,7 @@ def lifelong_learner(
     joined = reduce(add, map(_named, memory), _named(data))
     dls = reid_dls(joined, p=p, k=k, augs=augs, preproc=model.preproc, num_workers=num_workers,
         seed=seed, batches=batches)
-    return reid_learner(dls, model=with_classes(model, dls, seed), seed=seed, **kwargs)
+    return reid_learner(dls, model=with_more_classes(model, dls, seed), seed=seed, **kwargs)
 
 # %% ../../nbs/11c_kd.lifelong.ipynb #7897fd66
 def lifelong_scores(

@@ -25,9 +25,9 @@ from .distill import Distill, Taught, _fit_size
 class _Auxiliary(nn.Module):
     "What an extra classifier says of unlabelled images, compared with the teacher's logits"
     name,on = 'unlabelled','logits'
-    def __init__(self, n_emb, n_pids, temperature, weight):
+    def __init__(self, n_emb, n_pids, soft, weight):
         super().__init__()
-        self.weight,self.soft,self.emb = weight,SoftKL(temperature),None
+        self.weight,self.soft,self.emb = weight,soft,None
         self.classifier = Classifier(n_emb, n_pids)
 
     def forward(self, _, teacher):
@@ -67,18 +67,18 @@ class SSKD(Distill):
         ema:float=None, # As in `Distill`
         train_mode:bool=False, # As in `Distill`
     ):
-        super().__init__(teacher, *(terms or [SoftKL(temperature)]), ema=ema, train_mode=train_mode)
+        self.soft = SoftKL(temperature)
+        super().__init__(teacher, *(terms or [self.soft]), ema=ema, train_mode=train_mode)
         if not self.teachers: raise ValueError('SSKD has no teacher: expected a ReIDModel that has learnt from the labelled images')
-        self.images,self.temperature = _unlabelled_table(unlabelled),temperature
+        self.images = _unlabelled_table(unlabelled)
         self.bs,self.weight = check_number('bs', bs, 2, whole=True),check_number('weight', weight, 0)
         self.aux,self.said_too = None,[]
-        SoftKL(temperature)   # refuses one that is not above 0
 
     def _taught(self):
         if getattr(self.model, 'n_cams', 0): raise ValueError('the student wants cameras, and unlabelled images have none')
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.dls.train.seed)
-            if self.aux is None: self.aux = _Auxiliary(self._n_emb(), len(self.dls.pids), self.temperature, self.weight)
+            if self.aux is None: self.aux = _Auxiliary(self._n_emb(), len(self.dls.pids), self.soft, self.weight)
         return [*super()._taught(), Taught(self.aux, self.said_too)]
 
     def _n_emb(self):
