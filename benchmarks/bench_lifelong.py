@@ -44,9 +44,8 @@ def fitted(learn, n):
     return learn.model.eval()
 
 def learner(model, data, memory=(), share=.5, cbs=None, seed=0):
-    import torch
     from fastreid_nb.all import hflip, lifelong_learner
-    return lifelong_learner(model, data, memory, share, p=p, k=4, augs=[hflip,light], num_workers=0, dtype=torch.float32, seed=seed, cbs=cbs)
+    return lifelong_learner(model, data, memory, share, p=p, k=4, augs=[hflip,light], num_workers=0, seed=seed, cbs=cbs)
 
 def saved(path, make):
     "A model from its file, or made and saved"

@@ -46,11 +46,10 @@ def augmentations(data):
 
 def trained(name, model, data, seed, more=(), augs=None, n_epochs=None):
     "A model after training from scratch in one thread"
-    import torch
     from fastreid_nb.all import CrossEntropy, ReIDLoss, ScoreReID, TripletLoss, reid_dls, reid_learner
     dls = reid_dls(data, size, p=min(16, data.train.pid.nunique()), k=4, augs=augmentations(data) if augs is None else augs, num_workers=0, seed=seed)
     loss = ReIDLoss(CrossEntropy(.1), TripletLoss(.3), *more)
-    learn = reid_learner(dls, model=model, loss=loss, lr=1e-3, dtype=torch.float32)
+    learn = reid_learner(dls, model=model, loss=loss, lr=1e-3)
     learn.remove_cb(ScoreReID)
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(n_epochs or epochs, 1e-3)
     return learn.model.eval()

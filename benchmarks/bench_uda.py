@@ -51,19 +51,18 @@ def curve(learn, fit):
 
 def supervised(data, kind, seed):
     "A learner that has the labels"
-    import torch
     from fastreid_nb.all import hflip, reid_dls, reid_learner, resnet18
     k = 4 if kind=='toy' else 2
     dls = reid_dls(data, size if kind=='toy' else (64,64), p=16, k=k, augs=[hflip,light], num_workers=0, seed=seed)
-    return reid_learner(dls, resnet18, dtype=torch.float32, seed=seed)
+    return reid_learner(dls, resnet18, seed=seed)
 
 def adaptation(model, target, source, system, kind, seed):
     "A learner that has none"
-    import torch, fastreid_nb.all as lib
+    import fastreid_nb.all as lib
     k,how = (4,dict(by_camera=True)) if kind=='toy' else (2,dict(by_camera=True, min_samples=2, dist='cosine'))
     if kind!='toy' and system not in ('MLT','SpCL'): how['how'] = 'circular'
     return lib.uda_learner(model, target, getattr(lib, system)(**how), source, p=16, k=k, n_iters=toy.get('n_iters'), augs=[lib.hflip,light],
-        num_workers=0, dtype=torch.float32, seed=seed)
+        num_workers=0, seed=seed)
 
 def checkpoint(job, source): return Path(job['work'])/f'{job["key"][0]}_{source}_{job["key"][4]}.pt'
 
