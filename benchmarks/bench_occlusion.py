@@ -12,7 +12,8 @@ table = Path(__file__).with_name('occlusion.csv')
 n_ids,epochs,n_seeds = (int(os.environ.get(k, v)) for k,v in dict(IDS=256, EPOCHS=12, SEEDS=3).items())
 size,windows,stride = (128,64),(1,2,4),1   # the map has 8 × 4 positions
 hidden,ways = (0,.2,.3,.4,.6),('cut','wall')
-methods = dict(plain=['global'], pcb=['PCB'], visible=['PCB, visible'], dsr=['foreground','best match','DSR','DSR, fused'])
+methods = dict(plain=['global','windows','windows, fused'], pcb=['PCB'], visible=['PCB, visible'],
+    dsr=['foreground','foreground windows','best match','DSR, stretched','DSR','DSR, fused'])
 thrice = 'plain','dsr'
 fields = ['model','seed','n_ids','epochs','by','hidden','method','mAP','rank-1']
 
@@ -54,26 +55,37 @@ def trained(name, model, data, seed, more=(), augs=None, n_epochs=None):
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(n_epochs or epochs, 1e-3)
     return learn.model.eval()
 
-def scored(name, model, parts):
-    "Rows of (way, share, method, mAP, rank-1)"
-    from fastreid_nb.all import dsr_dist, embed_maps, evaluate, fit_fusion, part_dist, rank_dist
-    from fastreid_nb.eval.features import Features
-    from fastreid_nb.all import embed
-    plain = dict(sizes=windows, stride=stride)
-    def features(df, protocol):
-        if name=='dsr': return embed_maps(model, df, protocol=protocol, num_workers=0)
-        return Features(embed(model, list(df.path), normalize=False), df, protocol)
-    def sides(by, h, test): return [features(o, parts[by,h].protocol) for o in split(parts[by,h], test)]
+def of_parts(name, model, parts):
+    "Rows of (way, share, method, mAP, rank-1) of a part model"
+    from fastreid_nb.all import Features, embed, evaluate, part_dist
+    dist = dict(dist=partial(part_dist, n_parts=4)) if name=='visible' else {}
+    def features(df, protocol): return Features(embed(model, list(df.path), normalize=False), df, protocol)
     for by in ways:
-        fused = fit_fusion(*sides(by, .3, False), partial(dsr_dist, **plain)) if name=='dsr' else None
+        for h in hidden:
+            res = evaluate(*(features(o, parts[by,h].protocol) for o in split(parts[by,h], True)), **dist)
+            yield by,h,methods[name][0],res.mAP,res.rank(1)
+
+def of_maps(name, model, parts):
+    "The same of a model whose maps are compared; queries that are cut keep their scale, but where it says stretched"
+    from fastreid_nb.all import dist_rows, dsr_dist, embed_maps, embed_partial, fit_fusion, rank_dist, scale_dist, window_dist
+    plain = dict(sizes=windows, stride=stride)
+    slide,dsr,match = (partial(scale_dist, make=o) for o in (partial(window_dist, model=model), partial(dsr_dist, **plain),
+        partial(dsr_dist, how='match', **plain)))
+    def sides(by, h, test):
+        data = parts[by,h]
+        return [f(model, o, protocol=data.protocol, num_workers=0) for f,o in zip((embed_partial,embed_maps), split(data, test))]
+    for by in ways:
+        fused = fit_fusion(*sides(by, .3, False), [slide,dsr] if name=='dsr' else slide)
         for h in hidden:
             q,g = sides(by, h, True)
-            if name=='visible': found = [evaluate(q, g, partial(part_dist, n_parts=4))]
-            else: found = [evaluate(q, g)]
+            found = [dist_rows(q, g),slide(q, g)]
             if name=='dsr':
-                dists = dsr_dist(q, g, how='match', **plain),dsr_dist(q, g, **plain),fused(q, g)
-                found += [rank_dist(o, q, g) for o in dists]
-            for method,res in zip(methods[name], found): yield by,h,method,res.mAP,res.rank(1)
+                stretched = embed_maps(model, q.df, protocol=q.protocol, num_workers=0)
+                found += [match(q, g),dsr_dist(stretched, g, **plain),dsr(q, g)]
+            found.append(fused(q, g))
+            for method,d in zip(methods[name], found):
+                res = rank_dist(d, q, g)
+                yield by,h,method,res.mAP,res.rank(1)
 
 def run(job):
     "Train and score one model; its rows go to the table"
@@ -86,7 +98,8 @@ def run(job):
     model = network(name, data.train.pid.nunique())
     from fastreid_nb.all import VisibilityLoss
     model = trained(name, model, data, seed, [VisibilityLoss(model)] if name=='visible' else [])
-    lines = [[name,seed,n_ids,epochs,by,h,method,f'{mAP:.4f}',f'{rank1:.4f}'] for by,h,method,mAP,rank1 in scored(name, model, parts)]
+    scores = of_maps if name in thrice else of_parts
+    lines = [[name,seed,n_ids,epochs,by,h,method,f'{mAP:.4f}',f'{rank1:.4f}'] for by,h,method,mAP,rank1 in scores(name, model, parts)]
     new = not table.exists()
     with open(table, 'a', newline='') as f: csv.writer(f).writerows([fields]*new+lines)
     print(f'{name}, seed {seed}: {(time.time()-start)/60:.1f} minutes', flush=True)
@@ -116,7 +129,7 @@ def main(
         for model,names in methods.items():
             for name in names:
                 per = [st.mean(v for k,v in maps.items() if k[0]==model and k[2:]==(by,h,name)) for h in hidden]
-                print(f'{by:5s} {name:13s}', '  '.join(f'{h:.0%} {o:5.1f}' for h,o in zip(hidden, per)))
+                print(f'{by:5s} {name:18s}', '  '.join(f'{h:.0%} {o:5.1f}' for h,o in zip(hidden, per)))
     gains = [maps['dsr',s,'cut',.4,'DSR, fused']-maps['plain',s,'cut',.4,'global'] for s in range(n_seeds)]
     print('points at 40 % cut, by seed:', ' '.join(f'{o:+.1f}' for o in gains))
     return dict(value=st.mean(gains), bar=5, ok=st.mean(gains)>=5)

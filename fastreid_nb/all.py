@@ -89,6 +89,7 @@ from .rerank.online import *
 from .rerank.gnn import *
 from .partial_dsr.core import *
 from .partial_dsr.foreground import *
+from .partial_dsr.scale import *
 from .partial_dsr.visible import *
 from .crossdomain.core import *
 from .crossdomain.pseudo import *

@@ -1,7 +1,8 @@
 "Distillation: losses against the reference and against loops, the callback, feature maps, unlabelled images"
-import itertools, json, re
+import itertools, json, re, shutil
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import fresh, numpy as np, pytest, torch, torch.nn.functional as F
 from fastai.callback.core import Callback
@@ -11,6 +12,7 @@ from torch import nn
 
 from fastreid_nb.augment.core import hflip, random_erase
 from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.backbone.osnet import osnet
 from fastreid_nb.backbone.resnet import resnet18, resnet34, resnet50, resnet50_ibn
 from fastreid_nb.backbone.resnest import resnest
 from fastreid_nb.data.preproc import Preproc
@@ -23,9 +25,12 @@ from fastreid_nb.kd.features import Overhaul, _margins, _partial_l2
 from fastreid_nb.kd.semi import SSKD
 from fastreid_nb.losses.core import ReIDLoss
 from fastreid_nb.train.averages import tensors_of
-from fastreid_nb.train.checkpoint import load_reid
+from fastreid_nb.recipes.build import _callbacks
+from fastreid_nb.recipes.core import Experiment
+from fastreid_nb.train.checkpoint import load_reid, save_reid
 from fastreid_nb.train.core import reid_adam, reid_learner
 from fastreid_nb.train.groups import ParamGroups
+from fastreid_nb.train.names import names_of
 from fastreid_nb.train.resume import Resumable
 from golden_files import close, golden_files, golden_params, missing
 from slow import slow_but
@@ -398,12 +403,30 @@ def more_classes(net):
     (lambda t: Distill(deepcopy(t).bfloat16(), PKT()), 'torch.bfloat16'), (lambda t: Distill(deepcopy(t).to('meta'), PKT()), 'meta'),
     (lambda t: Distill(TinyNet(), PKT()), 'expected a ReIDModel'), (lambda t: Distill(reid_model(TinyNet, 0, preproc=t.preproc), SoftKL()), 'no logits'),
     (lambda t: Distill(reid_model(TinyNet, 7, preproc=t.preproc), SoftKL()), '6 classes, the teacher 7'),
-    (lambda t: Distill([t,'teacher.pt'], PKT()), 'the teacher is a str')])
+    (lambda t: Distill([t,3], PKT()), 'the teacher is a int')])
 def test_bad_teachers(data, teacher, make, text):
     with pytest.raises(ValueError, match=re.escape(text)): fit(learner(data, make(teacher)))
 
 def test_teachers_of_other_people_may_say_who_is_alike(data, teacher):
     fit(learner(data, Distill([strangers(teacher),more_classes(teacher)], PKT(), RelationalKD(), SimilarityKD())), 1)
+
+def test_from_a_file_and_from_names(tmp_path):
+    teacher = reid_model(partial(osnet, width='x0_25'), 6)
+    save_reid(path := tmp_path/'a teacher.pt', teacher)
+    test = dict(fn='Distill', teacher=str(path), terms=['SoftKL', dict(fn='PKT', weight=2.)])
+    exp = Experiment(dict(callbacks=[test], weights='none')).check()
+    cb = next(o for o in _callbacks(exp) if isinstance(o, Distill))
+    assert [type(o) for o in cb.terms]==[SoftKL,PKT] and cb.terms[1].weight==2
+    assert all(torch.equal(a, b) for a,b in zip(cb.teachers[0].state_dict().values(), teacher.state_dict().values()))
+    assert names_of('between').keys()=={'SoftKL','LogitL1','PKT','RelationalKD','SimilarityKD'}
+
+@pytest.mark.parametrize('terms,text', [(['SoftKl'], 'did you mean SoftKL'), ([dict(fn='SoftKL', temperatur=2)], 'did you mean temperature'), (3, 'expected a name')])
+def test_bad_names_of_terms(terms, text):
+    with pytest.raises(ValueError, match=text): Experiment(dict(callbacks=[dict(fn='Distill', teacher='t.pt', terms=terms)]))
+
+def test_a_teacher_file_that_is_not_there():
+    exp = Experiment(dict(callbacks=[dict(fn='Distill', teacher='gone.pt', terms=['PKT'])]))
+    with pytest.raises(FileNotFoundError, match='gone.pt'): exp.check()
 
 def test_a_student_that_is_taught_already(data, teacher):
     with pytest.raises(ValueError, match='has teachers already'): fit(learner(data, Distill(teacher, PKT()), Distill(teacher, SoftKL())))
@@ -530,6 +553,11 @@ def test_sskd_resumes(data, teacher, tmp_path):
     (lambda t: SSKD(None, ['a.jpg'], ema=.9), 'no teacher'), (lambda t: SSKD(t, ['a.jpg'], temperature=0), 'temperature=0')])
 def test_bad_sskd(teacher, make, text):
     with pytest.raises(ValueError, match=text): make(teacher)
+
+def test_sskd_of_a_folder(data, teacher, tmp_path):
+    for i,o in enumerate(data.query.path[:3]): shutil.copy(o, tmp_path/f'{i} ü.png')
+    assert SSKD(teacher, tmp_path).images.path.map(lambda o: Path(o).name).tolist()==['0 ü.png','1 ü.png','2 ü.png']
+    with pytest.raises(FileNotFoundError, match='no folder'): SSKD(teacher, tmp_path/'empty')
 
 def test_an_unlabelled_image_that_is_gone(data, teacher):
     with pytest.raises(FileNotFoundError, match='gone.jpg'): fit(learner(data, SSKD(teacher, ['gone.jpg','gone too.jpg'], bs=2)))

@@ -189,7 +189,7 @@ def toy_photo(
     size:tuple=(128,64), # (height, width), pixels
     hidden:float=0., # Share of the box that is hidden, in [0,1)
     hidden_by:str='wall', # 'wall' from below, 'side', 'stranger' at one side, or 'cut': the lower part is missing
-)->Image.Image: # RGB, of `size`
+)->Image.Image: # RGB, of `size`; less tall if it is cut
     "One image of `person` taken by `camera`"
     (h,w),place = (256,128),camera['place']
     x0,y0 = rng.integers(0, place.width-w+1),rng.integers(0, place.height-h+1)
@@ -198,6 +198,7 @@ def toy_photo(
     draw_person(im, person, rng, tall, cx, h*rng.uniform(.93,1))
     if rng.random()<occlusion: _occlude(im, rng)
     if hidden: im = _hide(im, hidden, hidden_by, _beside(rng))
+    size = round(size[0]*im.height/h),size[1]
     blur = ImageFilter.GaussianBlur(camera['blur']*size[0]/128)
     im = im.resize(size[::-1], Image.BILINEAR).filter(blur)
     light = camera['gain']*camera['exposure']*np.exp(rng.normal(0,.12))

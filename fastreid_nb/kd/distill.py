@@ -9,6 +9,7 @@ __all__ = ['Distill']
 
 # %% ../../nbs/11a_kd.distill.ipynb #000301a
 import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -20,10 +21,11 @@ from torch import nn
 from ..data.files import atomic_path, check_number, read_torch
 from ..backbone.weights import bare_module
 from ..heads.core import ReIDOut
-from ..heads.model import eval_mode
+from ..heads.model import ReIDModel, eval_mode
 from ..heads.speed import Speed
 from ..losses.core import ReIDLoss
 from ..train.averages import batch_norms, move_to, tensors_of
+from ..train.checkpoint import load_reid
 from ..train.core import class_names
 from ..train.distributed import AcrossProcesses, all_rows
 from ..train.state import _layout
@@ -92,13 +94,14 @@ class Distill(Callback):
     "Train a student on what frozen teachers say of the same images, besides the loss of the learner"
     order,run_valid = -10,False   # after the cameras (-21), before several processes (5) and mixed precision (10)
     def __init__(self,
-        teacher, # A `ReIDModel`, or a list of them; None if `ema` makes one
-        *terms, # `(student, teacher) → scalar` of two `ReIDOut`, such as `SoftKL()`; `weight` is 1 where there is none
+        teacher:ReIDModel|str|Path|list, # A model, its file, or a list of them; None if `ema` makes one
+        *terms:Callable, # `(student, teacher) → scalar` of two `ReIDOut`, such as `SoftKL()`; `weight` is 1 where there is none
         ema:float=None, # The moving average of the student that keeps this share in a step is a teacher too, in (0,1)
         train_mode:bool=False, # Teachers in training mode, as FastReID has them?
         cache:str|Path=None, # Folder for what the teachers say, which later runs with the same batches read
     ):
-        self.teachers = [] if teacher is None else list(teacher) if isinstance(teacher, (list,tuple)) else [teacher]
+        many = [] if teacher is None else teacher if isinstance(teacher, (list,tuple)) else [teacher]
+        self.teachers = [load_reid(o) if isinstance(o, (str,Path)) else o for o in many]
         if not terms: raise ValueError('Distill has no term: expected one or more, such as SoftKL()')
         if not self.teachers and ema is None: raise ValueError('Distill has no teacher: expected one, or `ema`')
         if ema is not None and not 0<check_number('ema', ema, 0, 1)<1: raise ValueError(f'ema={ema}: expected a share '

@@ -9,10 +9,13 @@ __all__ = ['SSKD']
 
 # %% ../../nbs/11e_kd.semi.ipynb #000301e
 import numpy as np, pandas as pd, torch
+from collections.abc import Callable
 from fastai.torch_core import rank_distrib
 from fastcore.basics import patch
+from pathlib import Path
 from torch import nn
 from ..data.files import check_number
+from ..data.images import list_images
 from ..augment.loaders import PKLoader, ReIDDataset, ToFloat
 from ..pooling.core import full_precision
 from ..heads.core import Classifier, ReIDOut
@@ -43,11 +46,12 @@ class _Shuffled:
         return np.concatenate(rounds)[:self.n*p].reshape(self.n, p)
 
 def _unlabelled_table(images):
-    "A table of images without labels, from a table or paths"
+    "A table of images without labels, from a table, a folder or paths"
+    if isinstance(images, (str,Path)): images = [Path(images)/o for o in list_images(Path(images))]
     if isinstance(images, pd.DataFrame): df = images
     else: df = pd.DataFrame(dict(path=[str(o) for o in images]))
-    if not len(df) or 'path' not in df: raise ValueError('no unlabelled images: expected a table with the column path, or a '
-        'list of paths')
+    if not len(df) or 'path' not in df: raise ValueError('no unlabelled images: expected a table with the column path, a '
+        'folder, or a list of paths')
     return df.assign(pid=np.arange(len(df)), camid=0).reset_index(drop=True)
 
 def _cut(out, a, b):
@@ -58,9 +62,9 @@ def _cut(out, a, b):
 class SSKD(Distill):
     "Distillation on labelled and on unlabelled images (He et al. 2021); the latter train a classifier of their own"
     def __init__(self,
-        teacher:ReIDModel, # With the classes of the labelled images; or a list of them
-        unlabelled:pd.DataFrame|list, # Table with the column path, or paths, of people who need not be in the training set
-        *terms, # Between the networks on labelled images, as in `Distill`; by default `SoftKL(temperature)`
+        teacher:ReIDModel|str|Path|list, # With the classes of the labelled images: a model, its file, or a list of them
+        unlabelled:pd.DataFrame|str|Path|list, # Table with the column path, folder, or paths; these people may be strangers
+        *terms:Callable, # Between the networks on labelled images, as in `Distill`; by default `SoftKL(temperature)`
         bs:int=32, # Unlabelled images in a batch, beside the labelled ones; 2 or more
         temperature:float=16., # Of the soft labels of unlabelled images, above 0
         weight:float=1., # Of the unlabelled images in the loss

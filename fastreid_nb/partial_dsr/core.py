@@ -159,12 +159,19 @@ class LocalFeatures(Features):
     def __repr__(self): return f'Local{super().__repr__()}, maps {tuple(self.maps.shape[1:])}'
 
 # %% ../../nbs/09_partial_dsr.ipynb #c01c8fb2
+def emb_of_map(
+    model:ReIDModel, # Of backbone, pooling and head
+    fmap:torch.Tensor, # Feature maps, (B,C,h,w)
+)->torch.Tensor: # (B,D)
+    "What pooling and head make of a map"
+    out = getattr(model.head(model.pool(fmap)), model.test_on)
+    return torch.cat(out, 1) if isinstance(out, (list,tuple)) else out
+
 def _map_and_emb(model, x, cams):
     "Feature map and embedding of a batch; the backbone of a plain `ReIDModel` runs once"
     fmap = model.fmap(x, *cams)
     if type(model).outputs is not ReIDModel.outputs: return fmap,model(x, *cams)
-    out = getattr(model.head(model.pool(fmap)), model.test_on)
-    return fmap,torch.cat(out, 1) if isinstance(out, (list,tuple)) else out
+    return fmap,emb_of_map(model, fmap)
 
 class _MapStore:
     "Receives maps, batch by batch, into an array in memory or in a file"
@@ -369,29 +376,32 @@ def _best_weight(q, g, local, protocol, score, steps):
 
 @dataclass
 class _LocalFusion:
-    "Global and local distance as one, for `rank_dist`"
-    make:Callable
+    "Global and local distances as one, for `rank_dist`"
+    makes:list
     calibrators:list=None
     weight:float=None
-    def __call__(self, q, g, local=None):
-        both = [dist_rows(q, g),local or self.make(q, g)]
-        if self.calibrators: return fuse_dists(both, self.calibrators)
-        return sum_dists(both, [1-self.weight,self.weight])
+    def __call__(self, q, g, *local):
+        dists = [dist_rows(q, g),*(local or (o(q, g) for o in self.makes))]
+        if self.calibrators: return fuse_dists(dists, self.calibrators)
+        return sum_dists(dists, [1-self.weight,self.weight])
 
 # %% ../../nbs/09_partial_dsr.ipynb #78c2bcef
 def fit_fusion(
     q:LocalFeatures, # Queries of held-out identities, as partial as those to come
     g:LocalFeatures, # Their gallery
-    make:Callable=dsr_dist, # `(q, g)` → local distance; a partial of `dsr_dist` for other settings
+    make:Callable|list=dsr_dist, # `(q, g)` → local distance, such as a partial of `dsr_dist`; or a list of them
     how:str='calibrated', # Mean of the probabilities; or 'weight': the mixture of both distances with the best mAP
     protocol:str|Protocol=None, # Of the held-out data; else that of the features
-)->Callable: # `(q, g)` or, with a ready local distance, `(q, g, local)` → one distance for other images
+)->Callable: # `(q, g)` or, with ready local distances, `(q, g, *local)` → one distance for other images
     "Learn from held-out identities how global and local distance go together"
     check_choice('how', how, ('calibrated','weight'))
-    local = make(q, g)
-    if how=='weight': return _LocalFusion(make, weight=_best_weight(q, g, local, protocol, lambda res: res.mAP, 21))
-    pairs = [roc_dist(o, q, g, protocol) for o in (dist_rows(q, g),local)]
-    return _LocalFusion(make, [Calibrator.fit(o, prior=o.n_genuine/(o.n_genuine+o.n_impostor)) for o in pairs])
+    makes = list(make) if isinstance(make, (list,tuple)) else [make]
+    if how=='weight' and len(makes)!=1: raise ValueError(f"how='weight' with {len(makes)} local distances: expected one, or "
+        "how='calibrated'")
+    local = [o(q, g) for o in makes]
+    if how=='weight': return _LocalFusion(makes, weight=_best_weight(q, g, local[0], protocol, lambda res: res.mAP, 21))
+    pairs = [roc_dist(o, q, g, protocol) for o in (dist_rows(q, g),*local)]
+    return _LocalFusion(makes, [Calibrator.fit(o, prior=o.n_genuine/(o.n_genuine+o.n_impostor)) for o in pairs])
 
 # %% ../../nbs/09_partial_dsr.ipynb #2d488c72
 def weight_on_test_labels(

@@ -11,6 +11,7 @@ __all__ = []
 import inspect, json, numpy as np, torch
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
@@ -29,7 +30,7 @@ from ..heads.model import ReIDModel, eval_mode
 from ..losses.core import ReIDLoss
 from ..train.core import ReIDLearner, _built_preproc, reid_learner
 from ..train import finetune # methods of a learner; chkstyle: ignore
-from ..train.names import _choices, _is_callable, names_of
+from ..train.names import _choices, _is_callable, kind_of, names_of
 from ..train.schedules import fastreid_curve
 from ..eval.score import ScoreReID
 from ..weights.load import load_pretrained
@@ -44,6 +45,11 @@ def _argument(val, param, fill):
     if val is not None and any(map(_is_callable, kinds)): return called(val, param.name, **fill)
     return _as_tuples(val) if tuple in kinds else val
 
+def _made(val, param, fill):
+    "One of any number of arguments; what is called is called at once"
+    res = _argument(val, param, fill)
+    return res() if isinstance(res, partial) else res
+
 def called(
     call:str|dict, # Name, or mapping of `fn` and arguments, already checked
     kind:str, # As in `names_of`
@@ -51,7 +57,7 @@ def called(
 ): # A partial, or a list of augmentations
     "The function that a call means, with its arguments"
     args = dict(fn=call) if isinstance(call, str) else dict(call)
-    name,kind = args.pop('fn'),'backbone' if kind=='shoulder' else kind
+    name,kind = args.pop('fn'),kind_of(kind)
     fn = partial(timm_backbone, timm_name(name)) if name.startswith('timm/') else names_of(kind)[name]
     if isinstance(fn, list): return fn
     params = inspect.signature(fn).parameters
@@ -59,7 +65,9 @@ def called(
     many = [k for k,o in params.items() if o.kind==o.VAR_POSITIONAL]
     own = {} if kind in ('pool','head') else fill   # a model calls these itself
     kw = {k:v for k,v in own.items() if k in params} | {k:_argument(v, params[k], fill) for k,v in args.items() if k not in many}
-    return partial(fn, *[o for k in many for o in args.get(k, [])], **kw)
+    rest = [_made(o, params[k], fill) for k in many for o in args.get(k, [])]
+    first = [kw.pop(k) for k in takewhile(lambda k: k not in many, [*params]) if rest and k in kw]   # what stands before them
+    return partial(fn, *first, *rest, **kw)
 
 # %% ../../nbs/15a_recipes.build.ipynb #89e2e18b
 def _read(exp, call, root, train):

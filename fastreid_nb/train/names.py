@@ -41,6 +41,11 @@ def _is_term(o):
     fits = isinstance(o, type) and _room(o) in ('losses','heads','partial_dsr') and _params(call)[1:3]==['out','pid']
     return fits and o not in (LossTerm,ReIDLoss)
 
+def _compares(o):
+    "Is it called with the outputs of two networks, and made without them?"
+    fits = isinstance(o, type) and _room(o)=='kd' and hasattr(o, 'forward') and _params(o.forward)[1:]==['student','teacher']
+    return fits and 'student' not in _params(o)
+
 # %% ../../nbs/06k_train.names.ipynb #af3083cd
 _kinds = dict(
     reader=lambda o: _makes(o, ReIDData) and _begins(o, 'path'),
@@ -56,7 +61,9 @@ _kinds = dict(
     loss=lambda o: not isinstance(o, type) and _makes(o, ReIDLoss),
     opt=lambda o: _begins(o, 'params', 'lr'),
     dist=lambda o: _room(o)=='eval' and _params(o)==['q','g'],
-    callback=lambda o: _is_class(o, 'train') and issubclass(o, Callback) and o.__name__ not in _no_callbacks)
+    between=_compares,
+    callback=lambda o: isinstance(o, type) and _room(o) in ('train','kd') and issubclass(o, Callback)
+        and o.__name__ not in _no_callbacks)
 _no_callbacks = ('Amp', 'SchedLoss', 'Watch', # an own setting, a function of the position, and what others build on
     'Resumable', 'AcrossProcesses', 'SharedValidation') # and those that a run adds by itself
 _schedules = 'fit_warmup_cos','fit_warmup_steps','fine_tune','fastreid_curve'
@@ -125,7 +132,9 @@ def _check_value(where, val, param, nullable):
     vals = val if param.kind==param.VAR_POSITIONAL and isinstance(val, list) else [val]
     if isinstance(anno, Names): return check_names(where, val, anno)
     if _is_section(anno): return check_args(where, anno, val)
-    if any(map(_is_callable, _choices(anno))): return check_call(where, val, param.name)
+    if any(map(_is_callable, _choices(anno))):
+        calls = [check_call(where, o, param.name) for o in vals]
+        return calls if param.kind==param.VAR_POSITIONAL else calls[0]
     if all(_fits(o, anno) for o in vals): return val
     raise ValueError(f'{where}={val!r}: expected {_said(anno)}')
 
@@ -152,6 +161,7 @@ def check_args(
 
 # %% ../../nbs/06k_train.names.ipynb #a868fd0f
 def _as_call(o): return dict(fn=o) if isinstance(o, str) else o
+def kind_of(name): return dict(shoulder='backbone', terms='between').get(name, name)   # what an argument of this name stands for
 
 def check_call(
     where:str, # Path, for errors
@@ -159,7 +169,7 @@ def check_call(
     kind:str, # As in `names_of`
 ): # A name if there are no arguments, else a mapping
     "Refuse what is no public function of the wanted kind, and arguments that it cannot take"
-    call,kind = _as_call(val),'backbone' if kind=='shoulder' else kind
+    call,kind = _as_call(val),kind_of(kind)
     if not isinstance(call, dict) or not isinstance(call.get('fn'), str):
         raise ValueError(f'{where}={val!r}: expected a name, or a mapping with fn and arguments')
     name,args = call['fn'],{k:v for k,v in call.items() if k!='fn'}
