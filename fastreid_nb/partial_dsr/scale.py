@@ -7,7 +7,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/partial_dsr.scale.html.md"""
 # %% auto #0
 __all__ = ['PartialFeatures', 'embed_partial', 'window_dist', 'scale_dist']
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #d7e7ad43
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #6b35e13e
 import torch, torch.nn.functional as F
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,13 +22,13 @@ from ..eval.features import Features, _unit
 from ..eval.inference import device_of, embed_batches, preproc_of, tolerant_dl
 from .core import LocalFeatures, dsr_dist, emb_of_map, embed_maps
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #4c800da3
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #43f3ecd6
 def _own_shape(image, size, grid):
     "Rows and columns of the map of an image (h,w) that keeps its scale, in a network for `size` with maps of `grid`"
     scale = min(a/b for a,b in zip(size, image))
     return tuple(min(n, max(2, round(scale*o*n/s))) for o,s,n in zip(image, size, grid))
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #ff0e36ef
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #5ef32fa5
 class PartialFeatures(Features):
     "Features of stretched images, and the same images at their own scale, in groups with maps of one size"
     def __init__(self,
@@ -47,7 +47,7 @@ class PartialFeatures(Features):
         sizes = ', '.join(f'{len(o)} of {f.maps.shape[2]} × {f.maps.shape[3]}' for o,f in self.groups)
         return f'Partial{super().__repr__()}, maps: {sizes}'
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #0de51bd3
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #44b65b64
 def _grid(model, size):
     "Rows and columns of a model's map of a whole image"
     x = torch.zeros(1, 3, *size, device=device_of(model))
@@ -61,7 +61,7 @@ def _stretched(model, df, preproc, bs, num_workers):
     if dl.dataset.bad.any(): raise dl.dataset.error()
     return emb
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #7d0de571
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #2430c029
 def embed_partial(
     model:nn.Module, # With `.fmap`, and maps that are as many rows and columns as the image has room for
     df:pd.DataFrame, # Split of images that may show a part of a person, cut out closely
@@ -75,6 +75,7 @@ def embed_partial(
     preproc = preproc_of(model, preproc)
     if not hasattr(model, 'fmap'): raise ValueError(f'{type(model).__name__} has no `.fmap`: expected a `ReIDModel`')
     emb,size,grid = _stretched(model, df, preproc, bs, num_workers),preproc.size,_grid(model, preproc.size)
+    if max(grid)==1: raise ValueError('this network gives maps of one position, which has no place: expected larger maps')
     shapes = pd.Series([_own_shape(o.shape[1:], size, grid) for o in TableImages(df)])
     groups = []
     for shape,at in sorted(shapes.groupby(shapes).groups.items(), reverse=True):
@@ -85,7 +86,7 @@ def embed_partial(
         groups.append((at.to_numpy(),LocalFeatures(emb[at], found.maps, found.df, protocol, found.weights)))
     return PartialFeatures(emb, groups, df, protocol)
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #09d20627
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #48c8210b
 def _windows_of(maps, shape):
     "All windows of `shape` of some maps, one after the other"
     (h,w),(a,b) = maps.shape[2:],shape
@@ -99,7 +100,7 @@ class _WindowDist:
     windows:list # Unit embeddings of the gallery's windows, a (G,D) for each place
     def __call__(self, pos): return 1-torch.stack([self.q[pos]@o.T for o in self.windows]).amax(0)
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #249b15ef
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #c375c351
 def window_dist(
     q:LocalFeatures, # Queries, Q rows, whose maps may have fewer rows and columns
     g:LocalFeatures, # Gallery, G rows, with whole maps
@@ -120,7 +121,7 @@ def window_dist(
         parts = [[emb(w) for w in _windows_of(o, shape)] for o in g.maps.split(bs)]
     return _WindowDist(own, [torch.cat(o) for o in zip(*parts)])
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #441a62f5
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #5bd54561
 @dataclass
 class _GroupedDist:
     "Positions of queries → distances to the whole gallery, by group"
@@ -138,7 +139,7 @@ class _GroupedDist:
             res[mine] = d
         return res
 
-# %% ../../nbs/09c_partial_dsr.scale.ipynb #f4049b61
+# %% ../../nbs/09c_partial_dsr.scale.ipynb #6ad684dd
 def scale_dist(
     q:PartialFeatures, # Queries, from `embed_partial`
     g:LocalFeatures, # Gallery, from `embed_maps`
