@@ -78,11 +78,12 @@ def of_maps(name, model, parts):
         fused = fit_fusion(*sides(by, .3, False), [slide,dsr] if name=='dsr' else slide)
         for h in hidden:
             q,g = sides(by, h, True)
-            found = [dist_rows(q, g),slide(q, g)]
+            slid,local = slide(q, g),dsr(q, g) if name=='dsr' else None
+            found = [dist_rows(q, g),slid]
             if name=='dsr':
                 stretched = embed_maps(model, q.df, protocol=q.protocol, num_workers=0)
-                found += [match(q, g),dsr_dist(stretched, g, **plain),dsr(q, g)]
-            found.append(fused(q, g))
+                found += [match(q, g),dsr_dist(stretched, g, **plain),local]
+            found.append(fused(q, g, *([slid,local] if name=='dsr' else [slid])))
             for method,d in zip(methods[name], found):
                 res = rank_dist(d, q, g)
                 yield by,h,method,res.mAP,res.rank(1)
