@@ -426,7 +426,9 @@ def test_bad_names_of_terms(terms, text):
 
 def test_a_teacher_file_that_is_not_there():
     exp = Experiment(dict(callbacks=[dict(fn='Distill', teacher='gone.pt', terms=['PKT'])]))
-    with pytest.raises(FileNotFoundError, match='gone.pt'): exp.check()
+    with pytest.raises(ValueError, match='callbacks: there is no file gone.pt'): exp.check()
+    for terms in ([],None):
+        with pytest.raises(ValueError, match='callbacks: Distill has no term'): Experiment(dict(callbacks=[dict(fn='Distill', teacher='gone.pt', terms=terms)])).check()
 
 def test_a_student_that_is_taught_already(data, teacher):
     with pytest.raises(ValueError, match='has teachers already'): fit(learner(data, Distill(teacher, PKT()), Distill(teacher, SoftKL())))

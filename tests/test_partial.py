@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from functools import partial
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from fastreid_nb.backbone.vit import vit
 from fastreid_nb.data.images import read_image
@@ -10,6 +11,8 @@ from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.data.toy import toy_camera, toy_person, toy_photo, toy_reid
 from fastreid_nb.eval.core import rank_dist, sum_dists
 from fastreid_nb.eval.features import dist_rows
+from fastreid_nb.eval.fusion import Calibrator, fuse_dists
+from fastreid_nb.eval.verification import roc_dist
 from fastreid_nb.heads.core import BNNeckHead
 from fastreid_nb.heads.model import ReIDModel, reid_model
 from fastreid_nb.partial_dsr import core
@@ -163,8 +166,10 @@ def cut(tmp_path_factory):
     made = [toy_reid(tmp_path_factory.mktemp('cut'), n_ids=8, test_frac=.7, size=(64,32), occlusion=0, progress=False,
         **(dict(hidden=h, hidden_by='cut') if h else {})) for h in (0,.3,.6)]
     model = ReIDModel(Cells(), GlobalAvgPool(), BNNeckHead(6, 0), Preproc((64,32))).eval()
-    df = made[0].query.assign(path=[made[i%3].query.path[i] for i in range(len(made[0].query))])
-    return model,embed_maps(model, made[0].gallery, num_workers=0, dtype='float32'),embed_partial(model, df, num_workers=0, dtype='float32')
+    paths = [made[i%3].query.path[i] for i in range(len(made[0].query))]
+    for i in (1,3): Image.open(made[0].query.path[i]).crop((0,0,23,64)).save(paths[i])
+    df = made[0].query.assign(path=paths).set_index(pd.Index(range(100, 100-len(paths), -1)))
+    return model,embed_maps(model, made[0].gallery, num_workers=0),embed_partial(model, df, num_workers=0)
 
 @pytest.mark.parametrize('image,size,grid,want', [((128,64),(128,64),(8,4),(8,4)), ((64,64),(128,64),(8,4),(4,4)), ((1000,100),(128,64),(8,4),(8,2)),
     ((1,1),(256,128),(16,8),(8,8)), ((3,2000),(256,128),(16,8),(2,8)), ((224,224),(224,224),(7,7),(7,7)), ((100,200),(64,64),(1,1),(1,1))])
@@ -173,7 +178,7 @@ def test_own_shapes(image, size, grid, want): assert _own_shape(image, size, gri
 def test_own_scale_against_loops(cut):
     "Every query alone, its windows cut out of the gallery's maps by hand"
     model,g,q = cut
-    assert sorted(tuple(o.maps.shape[2:]) for _,o in q.groups)==[(3,4),(6,4),(8,4)]
+    assert sorted(tuple(o.maps.shape[2:]) for _,o in q.groups)==[(3,4),(6,4),(8,3),(8,4)]
     d = scale_dist(q, g, partial(window_dist, model=model))(torch.arange(len(q)))
     own = scale_dist(q, g, dsr_dist, sizes=(1,2), stride=1)(torch.arange(len(q)))
     for i,path in enumerate(q.df.path):
@@ -181,31 +186,41 @@ def test_own_scale_against_loops(cut):
         size = _own_shape(x.shape[1:], (64,32), (8,4))
         fmap = model.fmap(replace(model.preproc, size=(8*size[0],8*size[1])).resize(x)[None]/255)
         emb = lambda m: F.normalize(model.head(model.pool(m)).emb, dim=1)
-        with torch.no_grad(): want = torch.stack([1-emb(fmap)@emb(g.maps[:,:,o:o+size[0]])[:,:].T for o in range(9-size[0])]).amin(0)[0]
-        torch.testing.assert_close(d[i], want, atol=1e-5, rtol=0)
+        places = [(i,j) for i in range(9-size[0]) for j in range(5-size[1])]
+        with torch.no_grad(): want = torch.stack([1-emb(fmap)@emb(g.maps[:,:,i:i+size[0],j:j+size[1]].float()).T for i,j in places]).amin(0)[0]
+        torch.testing.assert_close(d[i], want, atol=2e-3, rtol=0)
         alone = dsr_dist(LocalFeatures(q.emb[i:i+1], fmap), g, sizes=(1,2), stride=1).matrix()[0]
-        torch.testing.assert_close(own[i], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(own[i], alone, atol=2e-3, rtol=1e-3)
 
 def test_own_scale_in_any_order(cut):
     model,g,q = cut
     d = scale_dist(q, g, partial(window_dist, model=model, bs=3))
     pos = torch.randperm(len(q), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(d(pos), d(torch.arange(len(q)))[pos])
-    assert rank_dist(d, q, g, 'market').n_queries==len(q)
+    assert d(pos[:0]).shape==(0,len(g))
 
 def test_fusion_of_several(cut):
     model,g,q = cut
     makes = [partial(scale_dist, make=o) for o in (partial(window_dist, model=model), partial(dsr_dist, sizes=(1,2), stride=1))]
     fused = fit_fusion(q, g, makes, protocol='market')
-    torch.testing.assert_close(fused(q, g)(torch.arange(4)), fused(q, g, *(o(q, g) for o in makes))(torch.arange(4)))
-    assert len(fused.calibrators)==3
+    dists = [dist_rows(q, g),*(o(q, g) for o in makes)]
+    by_hand = [Calibrator.fit(r, prior=r.n_genuine/(r.n_genuine+r.n_impostor)) for r in (roc_dist(o, q, g, 'market') for o in dists)]
+    pos = torch.arange(4)
+    torch.testing.assert_close(fused(q, g)(pos), fuse_dists(dists, by_hand)(pos))
+    torch.testing.assert_close(fused(q, g, *dists[1:])(pos), fuse_dists(dists, by_hand)(pos))
     with pytest.raises(ValueError, match='2 local distances'): fit_fusion(q, g, makes, 'weight', 'market')
+    with pytest.raises(ValueError, match='no local distance'): fit_fusion(q, g, [], protocol='market')
 
 def test_bad_own_scale(cut, tmp_path):
     model,g,q = cut
     with pytest.raises(ValueError, match='expected those of embed_partial'): scale_dist(g, g)
     with pytest.raises(ValueError, match='do not fit gallery maps'): window_dist(g, q.groups[-1][1], model)
     with pytest.raises(ValueError, match='each row in one group'): PartialFeatures(q.emb, q.groups[1:], q.df)
+    with pytest.raises(ValueError, match='more rows or fewer'): PartialFeatures(q.emb, [(q.groups[0][0],q.groups[1][1]),*((o,f) for o,f in q.groups[1:])], q.df)
+    with pytest.raises(ValueError, match='go to `scale_dist`'): dsr_dist(q, g)
+    with pytest.raises(ValueError, match='have no maps'): window_dist(q.groups[0][1], q, model)
+    with pytest.raises(ValueError, match='channels'): window_dist(q.groups[0][1].maps[:,:5], g, model)
+    with pytest.raises(ValueError, match='NaN'): window_dist(q.groups[0][1].maps*float('nan'), g, model)
     with pytest.raises(ValueError, match='has no `.fmap`'): embed_partial(nn.Identity(), q.df, model.preproc)
     with pytest.raises(ValueError, match='expected a ReIDModel'): window_dist(q.groups[0][1], g, nn.Identity())
     for tokens,text in (('cls','one position'),('patches','size')):
@@ -227,9 +242,9 @@ def test_hidden_share(by):
     if by in ('side','stranger'): assert .35<(diff.any(0)).mean()<.48
 
 def test_a_cut_image_is_less_tall():
-    p,cam = toy_person(np.random.default_rng(0)),toy_camera(np.random.default_rng(0))|dict(blur=0,noise=0)
+    p,cam = toy_person(np.random.default_rng(0)),toy_camera(np.random.default_rng(0))|dict(blur=1.5,noise=0)
     whole,cut = (np.asarray(toy_photo(p, cam, np.random.default_rng(1), 0, (100,50), **kw), int) for kw in ({},dict(hidden=.4, hidden_by='cut')))
-    assert cut.shape==(60,50,3) and np.abs(cut-whole[:60]).mean()<4<np.abs(cut-whole[40:]).mean()
+    assert cut.shape==(60,50,3) and np.abs(cut[:50]-whole[:50]).mean()<1.5<np.abs(cut-whole[40:]).mean()
 
 def test_plain_sets_stay_what_they_are(tmp_path):
     "The folder of a set without the knobs has the name it always had"

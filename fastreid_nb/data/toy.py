@@ -198,8 +198,8 @@ def toy_photo(
     draw_person(im, person, rng, tall, cx, h*rng.uniform(.93,1))
     if rng.random()<occlusion: _occlude(im, rng)
     if hidden: im = _hide(im, hidden, hidden_by, _beside(rng))
-    size = round(size[0]*im.height/h),size[1]
     blur = ImageFilter.GaussianBlur(camera['blur']*size[0]/128)
+    size = max(1, round(size[0]*im.height/h)),size[1]
     im = im.resize(size[::-1], Image.BILINEAR).filter(blur)
     light = camera['gain']*camera['exposure']*np.exp(rng.normal(0,.12))
     x = (np.asarray(im)/255*light).clip(0,1)**camera['gamma']+rng.normal(0, camera['noise'], (*size,3))
@@ -285,7 +285,8 @@ def toy_reid(
     args = dict(n_ids=n_ids, n_cams=n_cams, n_per_cam=n_per_cam, test_frac=test_frac, cast=cast,
         kw=dict(occlusion=occlusion, size=size), seed=seed, **_knobs(hidden, hidden_by, dark))
     if city: args['city'] = asdict(city)
-    key = hashlib.sha1(json.dumps([_version,args]).encode()).hexdigest()[:8]
+    version = _version+(hidden>0 and hidden_by=='cut')   # cut images used to be stretched
+    key = hashlib.sha1(json.dumps([version,args]).encode()).hexdigest()[:8]
     base = Path(fastai_path('data') if path is None else path)
     dst = base/f'toy_reid_{n_ids}x{n_cams}x{n_per_cam}_{key}'
     if not dst.is_dir(): _draw_once(base, dst, args, progress)

@@ -100,9 +100,10 @@ class Distill(Callback):
         train_mode:bool=False, # Teachers in training mode, as FastReID has them?
         cache:str|Path=None, # Folder for what the teachers say, which later runs with the same batches read
     ):
-        many = [] if teacher is None else teacher if isinstance(teacher, (list,tuple)) else [teacher]
-        self.teachers = [load_reid(o) if isinstance(o, (str,Path)) else o for o in many]
         if not terms: raise ValueError('Distill has no term: expected one or more, such as SoftKL()')
+        many = [] if teacher is None else teacher if isinstance(teacher, (list,tuple)) else [teacher]
+        with torch.random.fork_rng(devices=[]):   # building a network draws numbers
+            self.teachers = [load_reid(o) if isinstance(o, (str,Path)) else o for o in many]
         if not self.teachers and ema is None: raise ValueError('Distill has no teacher: expected one, or `ema`')
         if ema is not None and not 0<check_number('ema', ema, 0, 1)<1: raise ValueError(f'ema={ema}: expected a share '
             'between 0 and 1, such as 0.999')

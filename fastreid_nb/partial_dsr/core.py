@@ -312,7 +312,8 @@ class LocalDist:
 def _localised(x, side):
     "`x` as `LocalFeatures`; maps alone get their means as embeddings"
     if isinstance(x, LocalFeatures): return x
-    if isinstance(x, Features): raise ValueError(f'the {side} features have no maps: make them with `embed_maps`')
+    if isinstance(x, Features): raise ValueError(f'the {side} features have no maps: make them with `embed_maps`; those of '
+        '`embed_partial` go to `scale_dist`')
     return LocalFeatures(None, x)
 
 def _check_pair(q, g):
@@ -396,6 +397,7 @@ def fit_fusion(
     "Learn from held-out identities how global and local distance go together"
     check_choice('how', how, ('calibrated','weight'))
     makes = list(make) if isinstance(make, (list,tuple)) else [make]
+    if not makes: raise ValueError('no local distance: expected one or more, such as dsr_dist')
     if how=='weight' and len(makes)!=1: raise ValueError(f"how='weight' with {len(makes)} local distances: expected one, or "
         "how='calibrated'")
     local = [o(q, g) for o in makes]

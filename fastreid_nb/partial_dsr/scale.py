@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/partial_dsr.scale.html.md"""
 __all__ = ['PartialFeatures', 'embed_partial', 'window_dist', 'scale_dist']
 
 # %% ../../nbs/09c_partial_dsr.scale.ipynb #6b35e13e
-import torch, torch.nn.functional as F
+import torch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 import pandas as pd
@@ -19,8 +19,8 @@ from ..data.images import TableImages
 from ..data.preproc import Preproc
 from ..heads.model import ReIDModel, eval_mode
 from ..eval.features import Features, _unit
-from ..eval.inference import device_of, embed_batches, preproc_of, tolerant_dl
-from .core import LocalFeatures, dsr_dist, emb_of_map, embed_maps
+from ..eval.inference import all_finite, device_of, embed_batches, preproc_of, tolerant_dl
+from .core import LocalFeatures, dsr_dist, emb_of_map, embed_maps, _check_pair, _localised
 
 # %% ../../nbs/09c_partial_dsr.scale.ipynb #43f3ecd6
 def _own_shape(image, size, grid):
@@ -41,6 +41,7 @@ class PartialFeatures(Features):
         rows = torch.cat([torch.as_tensor(o) for o,_ in groups]) if groups else torch.zeros(0)
         if rows.sort().values.tolist()!=list(range(len(emb))): raise ValueError(f'{len(rows)} rows in groups for {len(emb)} '
             'features: expected each row in one group')
+        if any(len(o)!=len(f) for o,f in groups): raise ValueError('a group has more rows or fewer than features: expected as many')
         self.groups = [(torch.as_tensor(o),f) for o,f in groups]
 
     def __repr__(self):
@@ -74,13 +75,16 @@ def embed_partial(
     "Embeddings of stretched images, and their maps at their own scale"
     preproc = preproc_of(model, preproc)
     if not hasattr(model, 'fmap'): raise ValueError(f'{type(model).__name__} has no `.fmap`: expected a `ReIDModel`')
-    emb,size,grid = _stretched(model, df, preproc, bs, num_workers),preproc.size,_grid(model, preproc.size)
+    size = preproc.size
+    grid = _grid(model, size)
     if max(grid)==1: raise ValueError('this network gives maps of one position, which has no place: expected larger maps')
+    emb = _stretched(model, df, preproc, bs, num_workers)
     shapes = pd.Series([_own_shape(o.shape[1:], size, grid) for o in TableImages(df)])
     groups = []
     for shape,at in sorted(shapes.groupby(shapes).groups.items(), reverse=True):
+        workers = 0 if num_workers is None and len(at)<=1000 else num_workers
         own = replace(preproc, size=tuple(round(n*s/g) for n,s,g in zip(shape, size, grid)))
-        found = embed_maps(model, df.iloc[at].reset_index(drop=True), None, own, bs, num_workers, protocol, dtype)
+        found = embed_maps(model, df.iloc[at].reset_index(drop=True), None, own, bs, workers, protocol, dtype)
         if found.maps.shape[2:]!=shape: raise ValueError(f'images of {own.size} give maps of {tuple(found.maps.shape[2:])}, '
             f'not {shape}: expected a network without a fixed size, such as a residual one')
         groups.append((at.to_numpy(),LocalFeatures(emb[at], found.maps, found.df, protocol, found.weights)))
@@ -93,12 +97,17 @@ def _windows_of(maps, shape):
     for i in range(h-a+1):
         for j in range(w-b+1): yield maps[:,:,i:i+a,j:j+b]
 
-@dataclass
-class _WindowDist:
-    "Positions of queries → smallest cosine distance to a window, (n,G)"
-    q:torch.Tensor # Unit embeddings, (Q,D)
-    windows:list # Unit embeddings of the gallery's windows, a (G,D) for each place
-    def __call__(self, pos): return 1-torch.stack([self.q[pos]@o.T for o in self.windows]).amax(0)
+@dataclass(eq=False, repr=False)
+class _Table:
+    "Positions of queries → rows of a matrix of distances"
+    d:torch.Tensor # (Q,G)
+    def __call__(self, pos): return self.d[torch.as_tensor(pos).cpu()]
+
+def _nearest_window(own, maps, shape, emb):
+    "Cosine distance of unit embeddings (Q,D) to the nearest window of each map, (Q,n)"
+    best = own.new_full((len(own),len(maps)), -1.)
+    for w in _windows_of(maps, shape): torch.maximum(best, own@emb(w).T, out=best)
+    return 1-best
 
 # %% ../../nbs/09c_partial_dsr.scale.ipynb #c375c351
 def window_dist(
@@ -106,37 +115,39 @@ def window_dist(
     g:LocalFeatures, # Gallery, G rows, with whole maps
     model:ReIDModel, # That made both; it pools the windows
     bs:int=256, # Gallery images at a time
-)->Callable: # Positions of queries (n,) → distances (n,G) in [0,2]; it holds an embedding of each window
+)->Callable: # Positions of queries (n,) → distances (n,G) in [0,2]; it holds all Q·G of them
     "Cosine distance of each query to the window of its own size that is nearest, in each gallery image"
     if not isinstance(model, ReIDModel) or type(model).outputs is not ReIDModel.outputs:
         raise ValueError(f'a {type(model).__name__} does not say how it pools a part of a map: expected a ReIDModel of backbone, '
             'pooling and head')
+    q,g = _localised(q, 'query'),_localised(g, 'gallery')
+    _check_pair(q, g)
     check_number('bs', bs, 1, whole=True)
     shape,room = tuple(q.maps.shape[2:]),tuple(g.maps.shape[2:])
     if any(a>b for a,b in zip(shape, room)): raise ValueError(f'query maps of {shape} do not fit gallery maps of {room}: '
         'expected queries from embed_partial')
-    def emb(x): return _unit(emb_of_map(model, x.to(device_of(model)).float().contiguous()).float().cpu())
+    device,d = device_of(model),torch.empty(len(q), len(g))
+    def emb(x): return _unit(all_finite(emb_of_map(model, x.contiguous()).float()))
     with eval_mode(model), torch.no_grad():
-        own = torch.cat([emb(o) for o in q.maps.split(bs)])
-        parts = [[emb(w) for w in _windows_of(o, shape)] for o in g.maps.split(bs)]
-    return _WindowDist(own, [torch.cat(o) for o in zip(*parts)])
+        own = torch.cat([emb(o.to(device).float()) for o in q.maps.split(bs)])
+        for at in torch.arange(len(g)).split(bs):
+            d[:,at] = _nearest_window(own, g.maps[at].to(device).float(), shape, emb).cpu()
+    return _Table(d)
 
 # %% ../../nbs/09c_partial_dsr.scale.ipynb #5bd54561
-@dataclass
+@dataclass(eq=False, repr=False)
 class _GroupedDist:
     "Positions of queries → distances to the whole gallery, by group"
     parts:list # A distance for each group
     group:torch.Tensor # Group of each query
     place:torch.Tensor # Its position there
+    n:int # Gallery images
     def __call__(self, pos):
         pos = torch.as_tensor(pos).cpu()
-        res = None
+        res = torch.empty(len(pos), self.n)
         for i,dist in enumerate(self.parts):
             mine = (self.group[pos]==i).nonzero().flatten()
-            if not len(mine): continue
-            d = dist(self.place[pos[mine]]).cpu()
-            if res is None: res = d.new_empty(len(pos), d.shape[1])
-            res[mine] = d
+            if len(mine): res[mine] = dist(self.place[pos[mine]]).float().cpu()
         return res
 
 # %% ../../nbs/09c_partial_dsr.scale.ipynb #6ad684dd
@@ -150,4 +161,4 @@ def scale_dist(
     if not isinstance(q, PartialFeatures): raise ValueError(f'queries are {type(q).__name__}: expected those of embed_partial')
     group,place = torch.empty(len(q), dtype=torch.long),torch.empty(len(q), dtype=torch.long)
     for i,(rows,_) in enumerate(q.groups): group[rows],place[rows] = i,torch.arange(len(rows))
-    return _GroupedDist([make(o, g, **kwargs) for _,o in q.groups], group, place)
+    return _GroupedDist([make(o, g, **kwargs) for _,o in q.groups], group, place, len(g))

@@ -65,8 +65,9 @@ def called(
     many = [k for k,o in params.items() if o.kind==o.VAR_POSITIONAL]
     own = {} if kind in ('pool','head') else fill   # a model calls these itself
     kw = {k:v for k,v in own.items() if k in params} | {k:_argument(v, params[k], fill) for k,v in args.items() if k not in many}
-    rest = [_made(o, params[k], fill) for k in many for o in args.get(k, [])]
-    first = [kw.pop(k) for k in takewhile(lambda k: k not in many, [*params]) if rest and k in kw]   # what stands before them
+    rest = [_made(o, params[k], fill) for k in many for o in args.get(k) or []]
+    before = takewhile(lambda k: k not in many, [*params]) if rest else []
+    first = [kw.pop(k, params[k].default) for k in before]
     return partial(fn, *first, *rest, **kw)
 
 # %% ../../nbs/15a_recipes.build.ipynb #89e2e18b
@@ -226,7 +227,7 @@ class _Where:
     def __init__(self, name): self.name = name
     def __enter__(self): return self
     def __exit__(self, kind, e, tb):
-        if e is None or not issubclass(kind, (ValueError,TypeError,KeyError,RuntimeError,AssertionError)): return
+        if e is None or not issubclass(kind, (ValueError,TypeError,KeyError,RuntimeError,AssertionError,FileNotFoundError)): return
         said = str(e)
         raise ValueError(said if said.startswith(self.name) else f'{self.name}: {said}') from e
 
