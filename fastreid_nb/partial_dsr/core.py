@@ -173,6 +173,7 @@ def _map_and_emb(model, x, cams):
     if type(model).outputs is not ReIDModel.outputs: return fmap,model(x, *cams)
     return fmap,emb_of_map(model, fmap)
 
+# %% ../../nbs/09_partial_dsr.ipynb #a45bd515
 class _MapStore:
     "Receives maps, batch by batch, into an array in memory or in a file"
     def __init__(self, n, file, dtype): self.n,self.file,self.dtype,self.at,self.x = n,file,dtype,0,None

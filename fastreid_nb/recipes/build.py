@@ -50,6 +50,7 @@ def _made(val, param, fill):
     res = _argument(val, param, fill)
     return res() if isinstance(res, partial) else res
 
+# %% ../../nbs/15a_recipes.build.ipynb #319e86f1
 def called(
     call:str|dict, # Name, or mapping of `fn` and arguments, already checked
     kind:str, # As in `names_of`

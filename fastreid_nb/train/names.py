@@ -41,6 +41,7 @@ def _is_term(o):
     fits = isinstance(o, type) and _room(o) in ('losses','heads','partial_dsr') and _params(call)[1:3]==['out','pid']
     return fits and o not in (LossTerm,ReIDLoss)
 
+# %% ../../nbs/06k_train.names.ipynb #dbbb3559
 def _compares(o):
     "Is it called with the outputs of two networks, and made without them?"
     fits = isinstance(o, type) and _room(o)=='kd' and hasattr(o, 'forward') and _params(o.forward)[1:]==['student','teacher']
@@ -112,6 +113,8 @@ def nearest(name, known):
     near = difflib.get_close_matches(str(name), list(known), 1, .5)
     return f'did you mean {near[0]}?' if near else f'expected one of {", ".join(known)}'
 
+def kind_of(name): return dict(shoulder='backbone', terms='between').get(name, name)   # what an argument of this name stands for
+
 # %% ../../nbs/06k_train.names.ipynb #9c022e8c
 def _said(anno):
     named = [getattr(o, '__name__', str(o)) for o in _choices(anno)]
@@ -161,7 +164,6 @@ def check_args(
 
 # %% ../../nbs/06k_train.names.ipynb #a868fd0f
 def _as_call(o): return dict(fn=o) if isinstance(o, str) else o
-def kind_of(name): return dict(shoulder='backbone', terms='between').get(name, name)   # what an argument of this name stands for
 
 def check_call(
     where:str, # Path, for errors
