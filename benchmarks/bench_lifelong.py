@@ -142,7 +142,7 @@ def main(
     *single,best = chosen()
     shares,below,lost = [],[],[]
     for s in range(seeds):
-        for o in ('naive',best) if s else ('naive','average .5',*single,best,'joint'): walk('test', s, o)
+        for o in ('naive',best) if s else ('naive',best,'joint','average .5',*single): walk('test', s, o)
         naive = table('test', s, 'naive')[names[0]]
         lost.append(100*(naive.iloc[0]-naive.iloc[-1]))
         for to,o in zip((shares,below), removed('test', s, best)): to.append(o)
