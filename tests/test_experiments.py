@@ -140,18 +140,22 @@ def test_schedules_fit_the_sets(learner, monkeypatch):
 
 base = ['epochs=1', *tiny]
 where = dict(batches='sampler.batches', backbone='model.backbone', pool='model.pool', head='model.head', model='model', opt='optim.func', dist='eval.dist',
-    loss='loss', schedule='schedule', term='loss.x', aug='augs', batch_aug='batch_augs', callback='callbacks', reader='data.train')
+    loss='loss', schedule='schedule', term='loss.x', aug='augs', batch_aug='batch_augs', callback='callbacks', reader='data.train',
+    between='callbacks=[{{fn: Distill, teacher: null, ema: 0.9, terms: [{}]}}]')
 needs = dict(with_norm='{fn: with_norm, backbone: resnet18}', haa='{fn: haa, backbone: resnet18}', mgn='{fn: mgn, backbone: resnet18}', rmgl='{fn: rmgl, backbone: resnet18}',
     pcb='{fn: pcb, backbone: resnet18}', FreezeLayers='{fn: FreezeLayers, what: [backbone.conv1]}', PCBHead='{fn: PCBHead, n_parts: 2}', timm_backbone='timm/resnet18',
+    Distill='[{fn: Distill, teacher: big.pt, terms: [SoftKL]}]', SSKD='[{fn: SSKD, teacher: big.pt, unlabelled: [a.jpg]}]',
     hrnet='osnet', vit='{fn: vit, variant: deit_tiny}', transreid='{fn: transreid, variant: deit_small}')
 
 @pytest.mark.parametrize('kind', where)
-def test_every_name_is_within_reach(kind, monkeypatch):
+def test_every_name_is_within_reach(kind, learner, monkeypatch):
     "Each public backbone, pooling, head, model, loss, sampler, … of the library can be set and is made by `check`"
     exp = Experiment.load('toy_small', base)
     if kind not in ('backbone','pool','head','model'): monkeypatch.setattr('fastreid_nb.recipes.build._dummy_model', lambda exp: None)
+    monkeypatch.setattr('fastreid_nb.kd.distill.load_reid', lambda path: learner.model)
     for o in names_of(kind):
-        changed = exp.set(f'{where[kind]}={needs.get(o, o)}')
+        name,at = needs.get(o, o),where[kind]
+        changed = exp.set(at.format(name) if '=' in at else f'{at}={name}')
         if '101' not in o and '152' not in o: changed.check()   # the recipes have large ones
     assert {*where}=={*_kinds,'schedule'}
 
