@@ -159,6 +159,11 @@ class LocalFeatures(Features):
     def __repr__(self): return f'Local{super().__repr__()}, maps {tuple(self.maps.shape[1:])}'
 
 # %% ../../nbs/09_partial_dsr.ipynb #c01c8fb2
+def check_has_map(model):
+    "Refuse a model that does not give its feature map"
+    if hasattr(model, 'fmap'): return
+    raise ValueError(f'{type(model).__name__} has no `.fmap`: expected a model that gives its map, such as a `ReIDModel`')
+
 def emb_of_map(
     model:ReIDModel, # Of backbone, pooling and head
     fmap:torch.Tensor, # Feature maps, (B,C,h,w)
@@ -209,9 +214,7 @@ def embed_maps(
     dtype:str='float16', # Of the stored maps, or 'float32'
 )->LocalFeatures: # A row per row of `df`
     "Embeddings and feature maps of a split"
-    if not hasattr(model, 'fmap'):
-        advice = 'expected a model that gives its map, such as a `ReIDModel`'
-        raise ValueError(f'{type(model).__name__} has no `.fmap`: {advice}')
+    check_has_map(model)
     check_choice('dtype', dtype, ('float16','float32'))
     device = device_of(model)
     dl = tolerant_dl(df, preproc_of(model, preproc), bs, num_workers, device)

@@ -20,7 +20,7 @@ from ..data.preproc import Preproc
 from ..heads.model import ReIDModel, eval_mode
 from ..eval.features import Features, _unit
 from ..eval.inference import all_finite, device_of, embed_batches, preproc_of, tolerant_dl
-from .core import LocalFeatures, dsr_dist, emb_of_map, embed_maps, _check_pair, _localised
+from .core import LocalFeatures, check_has_map, dsr_dist, emb_of_map, embed_maps, _check_pair, _localised
 
 # %% ../../nbs/09c_partial_dsr.scale.ipynb #43f3ecd6
 def _own_shape(image, size, grid):
@@ -74,7 +74,7 @@ def embed_partial(
 )->PartialFeatures: # A row per row of `df`
     "Embeddings of stretched images, and their maps at their own scale"
     preproc = preproc_of(model, preproc)
-    if not hasattr(model, 'fmap'): raise ValueError(f'{type(model).__name__} has no `.fmap`: expected a `ReIDModel`')
+    check_has_map(model)
     size = preproc.size
     grid = _grid(model, size)
     if max(grid)==1: raise ValueError('this network gives maps of one position, which has no place: expected larger maps')
