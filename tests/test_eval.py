@@ -324,6 +324,9 @@ def test_features_bad_files(tmp_path):
     torch.save(dict(a=1), path)
     with pytest.raises(ValueError, match='something other than features'): Features.load(path)
     with pytest.raises(FileNotFoundError, match='nowhere.pt'): Features.load(tmp_path/'nowhere.pt')
+    torch.save(dict(kind='fastreid_nb.Features', emb=f.emb, cols=[('pid','int64',[1,2,3])]), path)   # as 0.0.1 wrote them
+    back = Features.load(path)
+    assert torch.equal(back.emb, f.emb) and back.protocol is None
 
 def test_features_run_no_code(tmp_path):
     "A pickle that would run a command is refused, and does not run it"

@@ -10,7 +10,7 @@ from fastreid_nb.data.images import read_image
 from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.data.toy import toy_camera, toy_person, toy_photo, toy_reid
 from fastreid_nb.eval.core import rank_dist, sum_dists
-from fastreid_nb.eval.features import dist_rows
+from fastreid_nb.eval.features import Features, dist_rows
 from fastreid_nb.eval.fusion import Calibrator, fuse_dists
 from fastreid_nb.eval.verification import roc_dist
 from fastreid_nb.heads.core import BNNeckHead
@@ -210,6 +210,20 @@ def test_fusion_of_several(cut):
     torch.testing.assert_close(fused(q, g, *dists[1:])(pos), fuse_dists(dists, by_hand)(pos))
     with pytest.raises(ValueError, match='2 local distances'): fit_fusion(q, g, makes, 'weight', 'market')
     with pytest.raises(ValueError, match='no local distance'): fit_fusion(q, g, [], protocol='market')
+
+def test_saved_and_read_back(cut, tmp_path):
+    "Distances of what was saved are the same; a file of one kind is no file of another"
+    model,g,q = cut
+    g2,q2 = LocalFeatures.load(g.save(tmp_path/'g.pt')),PartialFeatures.load(q.save(tmp_path/'q.pt'))
+    for make in (dsr_dist, partial(window_dist, model=model)):
+        both = [scale_dist(a, b, make)(torch.arange(len(q))) for a,b in ((q,g), (q2,g2))]
+        assert torch.equal(*both)
+    weighted = LocalFeatures(None, torch.rand(3, 2, 4, 4), weights=torch.rand(3, 5))
+    torch.testing.assert_close(LocalFeatures.load(weighted.save(tmp_path/'w.pt')).weights, weighted.weights)
+    pd.testing.assert_frame_equal(q2.df, q.df)
+    with pytest.raises(ValueError, match='holds LocalFeatures: expected a file written by `Features.save`'): Features.load(tmp_path/'g.pt')
+    with pytest.raises(ValueError, match='holds PartialFeatures: expected a file written by `LocalFeatures.save`'): LocalFeatures.load(tmp_path/'q.pt')
+    with pytest.raises(ValueError, match='holds Features'): PartialFeatures.load(Features(q.emb, q.df).save(tmp_path/'f.pt'))
 
 def test_bad_own_scale(cut, tmp_path):
     model,g,q = cut

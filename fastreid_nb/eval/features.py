@@ -154,6 +154,10 @@ class Features:
         self.df = df.reset_index(drop=True)
         self.protocol = None if protocol is None else as_protocol(protocol)
 
+    def _more(self): return {}   # what another kind of features keeps besides, by the name of its argument
+    @classmethod
+    def _again(cls, more, **kwargs): return cls(**kwargs, **more)
+
     def __len__(self): return len(self.emb)
     def __repr__(self):
         scored = '' if self.protocol is None else f', protocol {self.protocol}'
@@ -195,7 +199,8 @@ def save(self:Features,
     path:str|Path, # File to write, usually `.pt`; folders are made
 )->Path: # `path`
     "Write features, table and protocol to one file; images in memory, a column `image`, are left out"
-    plain = dict(kind='fastreid_nb.Features', emb=self.emb, cols=plain_table(self.df), protocol=protocol_fields(self.protocol))
+    plain = dict(kind=f'fastreid_nb.{type(self).__name__}', emb=self.emb, cols=plain_table(self.df),
+        protocol=protocol_fields(self.protocol), more=self._more())
     with atomic_path(path) as part, open(part, 'wb') as f: torch.save(plain, f)
     return Path(path)
 
@@ -213,14 +218,16 @@ def from_plain(cols, n):
 # %% ../../nbs/07a_eval.features.ipynb #81899b6e
 @patch(cls_method=True)
 def load(cls:Features,
-    path:str|Path, # File written by `Features.save`
-)->Features: # The same features, table and protocol
-    "Read back what `Features.save` wrote"
+    path:str|Path, # File written by `save` of the same class
+)->Features: # The same features, table and protocol, and what its class keeps besides
+    "Read back what `save` wrote"
     o = read_torch(path, 'features')
-    if not isinstance(o, dict) or o.get('kind')!='fastreid_nb.Features':
-        raise ValueError(f'{path} holds something other than features: expected a file written by `Features.save`')
-    kept = o.get('protocol')
-    return cls(o['emb'], from_plain(o['cols'], len(o['emb'])), kept and Protocol(**kept))
+    kind = str(o.get('kind')) if isinstance(o, dict) else ''
+    if kind!=f'fastreid_nb.{cls.__name__}':
+        found = kind.removeprefix('fastreid_nb.') if kind.endswith('Features') else 'something other than features'
+        raise ValueError(f'{path} holds {found}: expected a file written by `{cls.__name__}.save`')
+    kept,df = o.get('protocol'),from_plain(o['cols'], len(o['emb']))
+    return cls._again(o.get('more', {}), emb=o['emb'], df=df, protocol=kept and Protocol(**kept))
 
 # %% ../../nbs/07a_eval.features.ipynb #ba8e04ed
 def dist_rows(

@@ -156,6 +156,7 @@ class LocalFeatures(Features):
         if len(self.emb)!=n: raise ValueError(f'{len(self.emb)} features and {n} maps: expected one map each')
         self.weights = _check_weights(weights, n)
 
+    def _more(self): return dict(maps=self.maps, weights=self.weights)
     def __repr__(self): return f'Local{super().__repr__()}, maps {tuple(self.maps.shape[1:])}'
 
 # %% ../../nbs/09_partial_dsr.ipynb #c01c8fb2

@@ -44,6 +44,12 @@ class PartialFeatures(Features):
         if any(len(o)!=len(f) for o,f in groups): raise ValueError('a group has more rows or fewer than features: expected as many')
         self.groups = [(torch.as_tensor(o),f) for o,f in groups]
 
+    def _more(self): return dict(groups=[(rows, f.maps, f.weights) for rows,f in self.groups])
+    @classmethod
+    def _again(cls, more, emb, df, protocol):
+        def group(rows, maps, weights): return rows,LocalFeatures(emb[rows], maps, df.iloc[rows], protocol, weights)
+        return cls(emb, [group(*o) for o in more['groups']], df, protocol)
+
     def __repr__(self):
         sizes = ', '.join(f'{len(o)} of {f.maps.shape[2]} × {f.maps.shape[3]}' for o,f in self.groups)
         return f'Partial{super().__repr__()}, maps: {sizes}'
