@@ -199,6 +199,19 @@ def test_own_scale_in_any_order(cut):
     torch.testing.assert_close(d(pos), d(torch.arange(len(q)))[pos])
     assert d(pos[:0]).shape==(0,len(g))
 
+def test_gate(cut):
+    "Only the images that the gate ranks first have a local distance, and the others keep its order behind them"
+    _,g,q = cut
+    rows,own = q.groups[0]
+    own = LocalFeatures(own.emb, own.maps)
+    other = torch.rand(len(own), len(g), generator=torch.Generator().manual_seed(3))
+    whole,gated = (dsr_dist(own, g, sizes=(1,2), stride=1, **o).matrix() for o in (dict(k=len(g)), dict(k=3, gate=lambda pos: other[pos])))
+    near = other.argsort(1)[:,:3]
+    torch.testing.assert_close(gated.gather(1, near), whole.gather(1, near))
+    far = other.argsort(1)[:,3:]
+    assert gated.gather(1, far).min()>=1 and torch.equal(gated.gather(1, far).argsort(1), torch.arange(far.shape[1]).expand(far.shape))
+    with pytest.raises(ValueError, match='the gate gives .1, 2. for one query: expected its distances'): dsr_dist(own, g, sizes=(1,2), gate=lambda pos: other[pos,:2])
+
 def test_fusion_of_several(cut):
     model,g,q = cut
     makes = [partial(scale_dist, make=o) for o in (partial(window_dist, model=model), partial(dsr_dist, sizes=(1,2), stride=1))]

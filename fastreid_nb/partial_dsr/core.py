@@ -336,7 +336,7 @@ def _query_columns(q, sizes, stride, device, rows):
 def dsr_dist(
     q:LocalFeatures, # Queries, Q rows; or maps alone, (Q,C,h,w)
     g:LocalFeatures, # Gallery, G rows; or maps alone, whose height and width may be others
-    k:int=100, # Gallery images of each query with a local score, the nearest by `dist`; at most G
+    k:int=100, # Gallery images of each query with a local score, the nearest by `gate`; at most G
     kappa:float=1e-3, # Price of large weights, above 0
     how:str='reconstruct', # Or 'match': the nearest column instead of a sum of all
     sizes:tuple=(2,4,6,8), # Windows, as in `spatial_pyramid`
@@ -344,6 +344,7 @@ def dsr_dist(
     weights:torch.Tensor=None, # How much each column of a query counts, (Q,K); by default those of `q`, else all alike
     far:float=None, # Distance of images outside the gate; by default behind all others, in their global order
     dist:Callable=cosine_dist, # The global distance; or `euclidean_dist` or `sq_euclidean_dist`
+    gate:Callable=None, # Another global distance, positions of queries → (n,G), such as one of `window_dist`; by default `dist`
     device:str|torch.device=None, # Where to compute; by default where the maps of `q` are
 )->LocalDist: # A function of positions of queries, for `rank_dist`
     "Deep spatial reconstruction: how much of each query the maps of its nearest gallery images leave unexplained"
@@ -353,11 +354,19 @@ def dsr_dist(
     fits = [_fitting(sizes, o.maps.shape[2:]) for o in (q,g)]
     for o in (q,g): _say_skipped(sizes, o.maps.shape[2:])
     device = torch.device(device or q.maps.device)
-    idx = Neighbours(g.emb, dist=dist, device=device)(q.emb, min(check_number('k', k, 1, whole=True), len(g)))[0]
+    k = min(check_number('k', k, 1, whole=True), len(g))
+    idx = Neighbours(g.emb, dist=dist, device=device)(q.emb, k)[0] if gate is None else _nearest_by(gate, len(q), k, len(g))
     check_number('stride', stride, 1, whole=True)
     scorer = _LocalScorer(g.maps, how, _check_kappa(kappa), fits[1], stride, device)
     local = _blockwise(scorer, q, fits[0], q.weights if weights is None else weights, idx)
-    return LocalDist(idx.cpu(), local.cpu(), dist_rows(q, g, dist, device), far, 1. if how=='reconstruct' else 2.)
+    return LocalDist(idx.cpu(), local.cpu(), gate or dist_rows(q, g, dist, device), far, 1. if how=='reconstruct' else 2.)
+
+# %% ../../nbs/09_partial_dsr.ipynb #ce78aaf5
+def _nearest_by(gate, n, k, n_gallery, block=256):
+    "The `k` nearest gallery images of `n` queries, (n,k)"
+    first = tuple(gate(torch.arange(1)).shape)
+    if first!=(1,n_gallery): raise ValueError(f'the gate gives {first} for one query: expected its distances to {n_gallery} images')
+    return torch.cat([gate(o).topk(k, largest=False).indices for o in torch.arange(n).split(block)])
 
 # %% ../../nbs/09_partial_dsr.ipynb #795b5376
 def _blockwise(scorer, q, sizes, weights, idx):
