@@ -28,7 +28,7 @@ def cities(on, seed):
     return found if on=='test' else [o.holdout(.25).rename(o.name) for o in found]
 
 def said(method):
-    "Parts of a method and their numbers: 'replay .5, pkt 3' is dict(replay=.5, pkt=3)"
+    "Parts of a method and their numbers: 'replay .5, pkt 3' is dict(replay=.5, pkt=3); 'added .5' is replay in a batch that grows by it"
     parts = [o.split() for o in method.split(', ')]
     return {o[0]:float(o[1]) if len(o)>1 else None for o in parts}
 
@@ -43,9 +43,11 @@ def fitted(learn, n):
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(n, lr)
     return learn.model.eval()
 
-def learner(model, data, memory=(), share=.5, cbs=None, seed=0):
+def learner(model, data, memory=(), share=.5, cbs=None, seed=0, n_own=None):
+    "`n_own` identities of the new city in a batch, whatever comes besides; by default all together are `p`"
     from fastreid_nb.all import hflip, lifelong_learner
-    return lifelong_learner(model, data, memory, share, p=p, k=4, augs=[hflip,light], num_workers=0, seed=seed, cbs=cbs)
+    n = p if n_own is None else round(n_own/(1-share))
+    return lifelong_learner(model, data, memory, share, p=n, k=4, augs=[hflip,light], num_workers=0, seed=seed, cbs=cbs)
 
 def saved(path, make):
     "A model from its file, or made and saved"
@@ -76,9 +78,9 @@ def step(on, seed, method, i):
         all_cities = cities(on, seed)[:i+1]
         return fitted(learner(untrained(seed), data, all_cities[:-1], i/(i+1), seed=seed), first)
     before = load_reid(path_of(on, seed, method, i-1))
-    memory = memory_of(on, seed, method, i) if 'replay' in parts else ()
-    kd = terms(parts)
-    learn = learner(before, data, memory, parts.get('replay', .5), [Distill(before, *kd)] if kd else None, seed+i)
+    share,kd = parts.get('replay', parts.get('added')),terms(parts)
+    memory = memory_of(on, seed, method, i) if share else ()
+    learn = learner(before, data, memory, share or .5, [Distill(before, *kd)] if kd else None, seed+i, p if 'added' in parts else None)
     after = fitted(learn, epochs)
     return average_models(before, after.cpu(), parts['average']) if 'average' in parts else after
 
