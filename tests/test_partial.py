@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from fastreid_nb.backbone.resnet import resnet
 from fastreid_nb.backbone.vit import vit
 from fastreid_nb.data.images import read_image
 from fastreid_nb.data.preproc import Preproc
@@ -15,11 +16,13 @@ from fastreid_nb.eval.fusion import Calibrator, fuse_dists
 from fastreid_nb.eval.verification import roc_dist
 from fastreid_nb.heads.core import BNNeckHead
 from fastreid_nb.heads.model import ReIDModel, reid_model
+from fastreid_nb.heads.parts import mgn, pcb
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
 from fastreid_nb.partial_dsr import core
 from fastreid_nb.partial_dsr.core import LocalFeatures, dsr_dist, embed_maps, fit_fusion, reconstruct, spatial_pyramid, weight_on_test_labels
 from fastreid_nb.partial_dsr.foreground import ForegroundHead
 from fastreid_nb.partial_dsr.scale import PartialFeatures, _own_shape, embed_partial, scale_dist, window_dist
-from fastreid_nb.partial_dsr.visible import part_dist
+from fastreid_nb.partial_dsr.visible import VisibilityLoss, part_dist, visible_parts
 from fastreid_nb.pooling.core import GlobalAvgPool
 from golden_files import close, golden_params, missing
 
@@ -152,6 +155,19 @@ def test_parts_by_loop():
         assert abs((v*(1-cos)).sum()/v.sum()-d[i,j])<1e-5
     for bad in (q[:,:5],q[:,:13]):
         with pytest.raises(ValueError, match='expected 3 parts'): part_dist(bad, bad, 3)
+
+@pytest.mark.parametrize('make,n_parts', [(partial(pcb, n_parts=4), 4), (mgn, 8)])
+def test_visible_parts(make, n_parts):
+    "Each part model gives its parts and then their visibilities, and is trained with its loss"
+    torch.manual_seed(0)
+    model = visible_parts(partial(make, partial(resnet, variant=18), n_emb=8), 4)
+    x,pid = torch.randn(6, 3, 128, 32),torch.tensor([0,0,1,1,2,3])
+    loss = ReIDLoss(CrossEntropy(), VisibilityLoss(model))
+    total = loss(model(x), pid)
+    total.backward()
+    assert total.isfinite() and model.rows.weight.grad.abs().sum()>0
+    emb = model.eval()(x)
+    assert emb.shape==(6,8*n_parts+n_parts) and part_dist(emb, emb, n_parts).diag().abs().max()<1e-5
 
 # ---- queries at their own scale
 

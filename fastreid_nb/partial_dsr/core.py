@@ -239,6 +239,10 @@ def _windows(x, sizes, stride):
         res.append(F.max_pool2d(res[-1], 2, 1) if grown else F.max_pool2d(x, o, stride))
     return res
 
+def _n_columns(shape, sizes, stride):
+    "How many windows of all `sizes` a map of (h,w) positions has"
+    return sum(((shape[0]-o)//stride+1)*((shape[1]-o)//stride+1) for o in sizes)
+
 def _unit_rows(maps, sizes, stride, side, at=0):
     "Unit columns of some maps as rows, (n,K,C) float32"
     x = maps.float().contiguous(memory_format=torch.channels_last)   # so that the rows need no transposition
@@ -260,9 +264,7 @@ class _LocalScorer:
     def images(self, rows):
         x = self.maps[rows].to(self.device)
         return _factors(self.how, _unit_rows(x, self.sizes, self.stride, 'gallery', int(rows[0])).mT, self.kappa)
-    def block(self):
-        n,h,w = self.maps.shape[1:]
-        return max(1, 2**23//(n*h*w))
+    def block(self): return max(1, 2**23//(self.maps.shape[1]*_n_columns(self.maps.shape[2:], self.sizes, self.stride)))
 
 # %% ../../nbs/09_partial_dsr.ipynb #b0a92958
 def _score_image(factor, i, cols, weights, queries, room):
@@ -371,8 +373,7 @@ def _nearest_by(gate, n, k, n_gallery, block=256):
 # %% ../../nbs/09_partial_dsr.ipynb #795b5376
 def _blockwise(scorer, q, sizes, weights, idx):
     "Scores of all queries (Q,k), with the columns of at most 2**30 numbers in memory"
-    n,h,w = q.maps.shape[1:]
-    size,parts = max(1, 2**30//(n*h*w)),[]
+    size,parts = max(1, 2**30//(q.maps.shape[1]*_n_columns(q.maps.shape[2:], sizes, scorer.stride))),[]
     for a in range(0, len(q), size):
         rows = slice(a, min(a+size, len(q)))
         cols = _query_columns(q, sizes, scorer.stride, scorer.device, rows)
