@@ -3,13 +3,13 @@
 Every run leaves a line in kd.csv beside this file; what is there is not run again. KD=tiny runs a small size into a file of its own;
 KD_IDS (people in training), KD_TEACHER (epochs at a quarter, at half, and at the full size), KD_STUDENT (epochs), KD_SMALL (the student's
 height and width) and KD_CAST (how much the colours of cameras differ) set other sizes."""
-import csv, os, statistics as st, time
+import os, statistics as st, time
 from multiprocessing import get_context
 from pathlib import Path
+from toy_runs import Rows
 
 tiny = os.environ.get('KD')=='tiny'
-ledger = Path(__file__).with_name('kd_tiny.csv' if tiny else 'kd.csv')
-names = 'setting','run','seed','held_out','test','rank1','minutes','ms'
+rows = Rows(Path(__file__).with_name('kd_tiny.csv' if tiny else 'kd.csv'), ('setting','run','seed'), ('held_out','test','rank1','minutes','ms'))
 n_ids = int(os.environ.get('KD_IDS', 6 if tiny else 64))
 stages = [int(o) for o in os.environ.get('KD_TEACHER', '4,3,3' if tiny else '14,8,3').split(',')]
 n_epoch = int(os.environ.get('KD_STUDENT', 1 if tiny else 20))
@@ -21,14 +21,10 @@ methods = 'soft_kl','logit_l1','pkt','paper','relational','similarity','overhaul
 
 def found():
     "Line by run and seed, of this setting"
-    if not ledger.exists(): return {}
-    with open(ledger, newline='') as f: lines = [o for o in csv.DictReader(f) if o['setting']==setting]
-    return {(o['run'],int(o['seed'])):{k:float(o[k]) for k in names[3:]} for o in lines}
+    lines = {k:v for k,v in rows.found().items() if k[0]==setting}
+    return {(run,int(seed)):dict(zip(rows.values, map(float, v))) for (_,run,seed),v in lines.items()}
 
-def store(key, res):
-    new = not ledger.exists()
-    with open(ledger, 'a', newline='') as f:
-        csv.writer(f).writerows(([names] if new else [])+[[setting, *key, *(f'{res[k]:.4f}' for k in names[3:])]])
+def store(key, res): rows.add((setting, *key, *(float(res[k]) for k in rows.values)))
 
 def people(job):
     "Training set without a fifth of its people, those as a test to choose by, and the test that is only reported on"
