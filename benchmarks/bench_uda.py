@@ -11,6 +11,7 @@ keys,values = ('set','source','target','system','seed','epoch'),('mAP','rank1','
 rows = Rows(Path(__file__).with_name('uda_tiny.csv' if tiny else 'uda.csv'), keys, values)
 toy = dict(n_ids=36, train=6, adapt=3, n_iters=3) if tiny else dict(n_ids=192, train=24, adapt=16)
 vehicle = dict(train=4, adapt=3) if tiny else dict(train=40, adapt=20)
+kinds = dict(cars=('car','truck'), motorcycles=('motorcycle',))
 size,lr = (32,16) if tiny else (64,32),1e-3
 cities = 'harbour','hill'
 systems = 'UDA','StrongUDA','MMT','SpCL','MLT'
@@ -41,7 +42,7 @@ def sets_of(job):
     kind,source,target,_,seed = job['key']
     if kind=='toy': return [city(job['toy'], o, seed) for o in (source,target)]
     root = Path(os.environ['REALDATA'])/'vehicle2cam'
-    return vehicles(root, ('car','truck'), 'cars'),vehicles(root, ('motorcycle',), 'motorcycles')
+    return [vehicles(root, kinds[o], o) for o in (source,target)]
 
 def curve(learn, fit):
     "(mAP, rank-1) after every epoch"
