@@ -179,6 +179,23 @@ def test_parameters_of_a_loss_have_a_kind(dls):
     with l.no_bar(), l.no_logging(): l.fit(1, 1e-3)
     assert loss.centres.mean().item()==pytest.approx(100*1e-3*len(dls.train)/8, rel=1e-4)
 
+class Still(nn.Module):
+    "A loss with a parameter that nothing moves but decay"
+    def __init__(self):
+        super().__init__()
+        self.centre = nn.Parameter(torch.ones(1))
+    def forward(self, out, pid, camid): return (out.feat.sum()+self.centre.sum())*0
+
+@pytest.mark.parametrize('own,more,stays', [([], [], True), ([ParamGroups(loss_wd=None)], [], False), ([ParamGroups(head_lr=3)], [], True),
+    ([], [ParamGroups(loss_wd=.1)], False), ([ParamGroups(loss_wd=.1)], [ParamGroups()], True)])
+def test_what_a_loss_learns_is_not_decayed(dls, own, more, stays):
+    "The group of the loss has no decay unless somebody says so; of several callbacks the last one works, and all is given back"
+    l = reid_learner(dls, StagedNet, loss=Still(), opt_func=reid_sgd, wd=.5, dtype=torch.float32, cbs=own)
+    with l.no_bar(), l.no_logging(): l.fit(1, .1, cbs=more)
+    assert (l.loss_func.centre.item()==1)==stays
+    assert len(l.opt.param_lists)==2 and len(l.opt.hypers)==2
+    assert not hasattr(reid_learner(dls, StagedNet, dtype=torch.float32), 'param_groups')
+
 @pytest.mark.parametrize('kw', [dict(norm_wd=-1), dict(bias_lr=float('nan')), dict(head_lr='a'), dict(loss_wd=float('inf'))])
 def test_bad_groups(kw):
     with pytest.raises(ValueError, match=next(iter(kw))): ParamGroups(**kw)

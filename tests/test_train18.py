@@ -22,9 +22,11 @@ frozen = {'frozen':[FreezeBackbone()], 'unfreeze_at_2':[FreezeBackbone(2)]} # wh
 class SameBatch(Callback):
     "Give every step the batch of the reference, note the terms of its loss, and end the fit after `n` steps"
     order,run_valid = -30,False # before everything that looks at a batch
-    def __init__(self, xb, pid, n): self.xb,self.pid,self.n,self.seen = xb,pid,n,[]
+    def __init__(self, xb, pid, n): self.xb,self.pid,self.n,self.seen,self.right = xb,pid,n,[],[]
     def before_batch(self): self.learn.xb,self.learn.yb = (self.xb,),(self.pid,torch.zeros_like(self.pid))
-    def after_loss(self): self.seen.append([float(o) for o in self.loss_func.parts.values()])
+    def after_loss(self):
+        self.seen.append([float(o) for o in self.loss_func.parts.values()])
+        self.right.append(float((self.pred.logits.argmax(1)==self.pid).float().mean()))
     def after_batch(self):
         if len(self.seen)==self.n: raise CancelFitException()
 
@@ -65,6 +67,7 @@ def five_steps(name, dls, tmp_path, dtype):
     same = SameBatch(xb, torch.tensor(z['targets']), len(z[f'{name}_steps_loss_cls']))
     with learn.no_bar(), learn.no_logging(): learn.fit(5, cbs=[same, *frozen.get(rest, [])])
     with torch.no_grad(): feats = model.eval()(xb)
+    learn.right = same.right
     return np.array(same.seen),feats.double().numpy(),learn
 
 def errors(name, losses, feats):

@@ -60,7 +60,7 @@ def reid_demo(
 
 # %% ../../nbs/15j_recipes.cli.ipynb #2f934850
 _options = dict(backbone='model.backbone', weights='weights', epochs='epochs', lr='optim.lr', freeze_iters='freeze_iters',
-    size='preproc.size', p='sampler.p', k='sampler.k', seed='seed', workers='workers', precision='precision',
+    size='preproc.size', p='sampler.p', k='sampler.k', seed='seed', workers='workers', precision='precision', compile='compile',
     skip_bad='data.skip_bad', regex='data.train.regex', test_frac='data.train.test_frac')
 
 def changes_of(
@@ -108,6 +108,7 @@ def reid_train(
     precision:str='', # Of the forward pass: auto (the fastest, measured), float32 or bfloat16
     regex:str='', # For file names, with groups pid and camid; by default one folder per identity
     test_frac:float=None, # Share of identities kept for testing when the data has no split, in [0,1); by default 0.3
+    compile:bool=False, # Compile the network in training? The first steps then take minutes
     skip_bad:bool=False, # Leave unreadable images out instead of stopping?
     log:str='', # Numbers of each epoch also as csv or tensorboard
     ledger:str='', # CSV file that gets a line for the run; by default ledger.csv beside the folder
@@ -286,3 +287,6 @@ def reid_main(
     pos = ['name'] if name=='recipes' else ['path'] if name in ('train','tune','export') else None
     parser = anno_parser(reid_commands[name], prog=f'reid {name}', pos=pos)
     return _obey(name, vars(parser.parse_args([_dashes(o) for o in rest])))
+
+# %% ../../nbs/15j_recipes.cli.ipynb #63afea60
+if __name__=='__main__' and __package__: sys.exit(reid_main())   # python -m, not a notebook
