@@ -1,5 +1,5 @@
 "Freezing by name, and weight decay and learning rates by kind: against the reference's groups, and given back on every exit"
-import json
+import json, re
 from functools import partial
 
 import pytest, torch
@@ -32,8 +32,16 @@ def learn(dls):
 
 # Golden groups
 
-settings = dict(default_sbs={}, no_freeze_iters={}) # arguments of `ParamGroups`, besides those that a name spells out
-settings['bias2x_heads10x_normwd1e-5_biaswd0'] = dict(bias_lr=2, head_lr=10, norm_wd=1e-5, bias_wd=0.)
+part = re.compile(r'(bias|head|norm)s?(?:wd([\d.e-]+)|([\d.]+)x)')   # of the name of a case: 'normwd1e-5', 'bias2x'
+
+def settings_of(case):
+    "Arguments of `ParamGroups` that the parts of a name spell out"
+    found = [m for o in case.split('_') if (m := part.fullmatch(o))]
+    return {f'{m[1]}_wd':float(m[2]) for m in found if m[2]} | {f'{m[1]}_lr':float(m[3]) for m in found if m[3]}
+
+def test_a_name_spells_its_numbers_out():
+    assert settings_of('bias2x_heads10x_normwd1e-5_biaswd0')==dict(bias_lr=2, head_lr=10, norm_wd=1e-5, bias_wd=0)
+    assert settings_of('head0.5x')==dict(head_lr=.5) and settings_of('default_sbs')==settings_of('no_freeze_iters')=={}
 
 def golden_groups():
     found = [(p,k) for p in golden_files('optimizer_param_groups*.json') for k in json.loads(p.read_text())]
@@ -51,10 +59,9 @@ def test_golden_groups(path, case, dls):
     "Every parameter has the learning rate, the decay and the sleep that the reference gave it"
     if path is None: missing('optimizer_param_groups.json')
     want = json.loads(path.read_text())[case]
-    if case not in settings: missing(f'case {case}')
     reduced = 'heads.bottleneck.1.weight' in want
     head = partial(ReductionHead, n_emb=16, cosine=True) if reduced else partial(BNNeckHead, cosine=True)
-    learn = reid_learner(dls, partial(resnet18, ibn=True), GeM, head, cbs=ParamGroups(**settings[case]), dtype=torch.float32)
+    learn = reid_learner(dls, partial(resnet18, ibn=True), GeM, head, cbs=ParamGroups(**settings_of(case)), dtype=torch.float32)
     table = param_table(learn).set_index('name')
     want = {our_name(k, reduced):v for k,v in want.items()}
     assert set(want)==set(table.index)

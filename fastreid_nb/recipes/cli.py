@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.cli.html.md"""
 __all__ = ['reid_commands', 'reid_main']
 
 # %% ../../nbs/15j_recipes.cli.ipynb #a1709857
-import json, re, signal, sys, warnings
+import inspect, json, re, signal, sys, warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,7 @@ from ..augment.loaders import reid_dls
 from ..backbone.resnet import resnet18_ibn
 from ..heads.speed import best_dtype
 from ..train.core import reid_learner
+from ..train.names import names_of
 from ..eval.inference import evaluate_data
 from ..eval import intervals # the method `ReIDResult.intervals`; chkstyle: ignore
 from .core import Experiment
@@ -184,13 +185,18 @@ def reid_recipes(
     if name: return _say(Experiment.load(name))
     table = recipe_table().drop(columns='hash')
     for o in ('rank-1','mAP','mINP'): table[o] = table[o].map(lambda v: '' if v!=v or v is None else f'{100*v:.1f}')
-    _say(table.to_string(), '', 'Scores in percent as published; reid train --config NAME FOLDER_OF_SETS trains one.')
+    table['run here'] = table['mAP'].map(lambda o: 'no' if o else '')
+    _say(table.to_string(), '', 'Scores in percent as published, of runs elsewhere; reid train --config NAME FOLDER_OF_SETS trains one.')
+
+def _first_line(o): return '' if isinstance(o, list) else (inspect.getdoc(o) or '').partition('\n')[0]
 
 def reid_models(
     *names:str, # Networks, as in --backbone; by default all of the library
     size:str='256x128', # Height x width of the input, pixels
+    kind:str='', # Instead of networks what an experiment may name as: term, head, pool, batches, aug, callback, opt …
 ):
-    "List the networks with their parameters and feature maps"
+    "List the networks with their parameters and feature maps, or the names of another kind"
+    if kind: return _say(*(f'{k:24} {_first_line(o)}' for k,o in sorted(names_of(kind).items())))
     check_options(dict(size=size))
     table = model_table(list(names) or None, _hw(size))
     table['parameters'] = table.parameters.map(lambda o: '' if o!=o or o is None else f'{o/1e6:.2f} M')
