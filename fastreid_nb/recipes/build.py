@@ -279,6 +279,7 @@ def _check_schedule(exp):
     fn(learn, n, lr, cbs=[], **dict(freeze_iters=exp['freeze_iters']) if exp['freeze_iters'] else {})
     return learn.noted
 
+# %% ../../nbs/15a_recipes.build.ipynb #1d90d7d2
 def _check_callbacks(exp, cbs, model):
     "Refuse what would end a run after its images have been read"
     for o in cbs:

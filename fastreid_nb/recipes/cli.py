@@ -188,6 +188,7 @@ def reid_recipes(
     table['run here'] = table['mAP'].map(lambda o: 'no' if o else '')
     _say(table.to_string(), '', 'Scores in percent as published, of runs elsewhere; reid train --config NAME FOLDER_OF_SETS trains one.')
 
+# %% ../../nbs/15j_recipes.cli.ipynb #f1fdf0d1
 def _first_line(o): return '' if isinstance(o, list) else (inspect.getdoc(o) or '').partition('\n')[0]
 
 def reid_models(

@@ -71,6 +71,7 @@ class EvalSettings:
     flip:bool=False # Add the embedding of the mirror image in the final scores?
     def __post_init__(self): check_number('eval.every', self.every, 1)
 
+# %% ../../nbs/15_recipes.ipynb #ecb92055
 @dataclass
 class DistSettings:
     sync_bn:bool=True # Statistics of BatchNorm over all processes?
