@@ -115,7 +115,6 @@ def test_five_steps(name, dls, tmp_path):
     z,net = np.load(the_files()[0]),learn.model.backbone
     close(net.bn1.running_mean, z[f'{name}_after5_running_mean_bn1'], 1e-3)
     apart = np.abs(net.conv1.weight.detach().numpy()-z[f'{name}_after5_conv1_weight']).mean()
-    print('APART', apart, off)
     assert apart<(1e-7 if tight else 1e-4)   # five steps of Adam move a weight by up to 2e-3
     body,rest = ([p in learn.opt.opt.state for p in o] for o in learn.opt.param_lists)
     assert all(rest) and set(body)=={not name.endswith('frozen')} # no state for what is frozen
