@@ -27,5 +27,5 @@ setup(
     packages=find_packages(include=[lib, f'{lib}.*']),
     package_data={f'{lib}.recipes':['*.yml','yaml/*.yml']},
     install_requires=cfg['requirements'].split(),
-    extras_require={o:cfg[f'{o}_requirements'].split() for o in ('dev','cuhk03','timm','dist','tune','export','caffe')},
+    extras_require={o:cfg[f'{o}_requirements'].split() for o in ('dev','cuhk03','timm','dist','log','tune','export','caffe')},
     entry_points={'console_scripts':cfg['console_scripts'].split(), 'nbdev':[f'{lib} = {lib}._docidx:d']})

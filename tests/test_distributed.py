@@ -1,7 +1,7 @@
 """Two processes on the CPU, connected by gloo, against one: losses, scores, statistics, order of gathered rows, and an end without a hang.
 
 All of it in one pair of processes, because most of their time goes into starting."""
-import json, time
+import json, os, subprocess, sys, time
 
 import fresh, pytest
 from fastreid_nb.recipes.ledger import Ledger
@@ -93,6 +93,17 @@ def test_an_experiment_in_two_processes(runs):
     assert len(Ledger(runs['folder']/'ledger.csv').read())==1
     assert runs['two'][0]['run']==runs['two'][1]['run']
     assert ['checkpoint ' in o for o in runs['said']]==[True,False]
+
+@pytest.mark.slow
+def test_launchers_on_a_cpu(tmp_path):
+    "Without GPUs accelerate starts one process whatever it is asked for, and torchrun as many as it is asked for"
+    pytest.importorskip('accelerate')
+    program = tmp_path/'p.py'
+    program.write_text("import os, sys\nopen(sys.argv[1]+os.environ.get('RANK', '0'), 'w').close()")
+    for name,how in dict(accelerate=['accelerate.commands.launch','--num_processes'], torchrun=['torch.distributed.run','--nproc_per_node']).items():
+        words = [sys.executable, '-m', *how, '2', str(program), str(tmp_path/name)]
+        subprocess.run(words, check=True, capture_output=True, env=dict(os.environ, CUDA_VISIBLE_DEVICES=''))
+    assert sorted(o.name for o in tmp_path.iterdir() if o!=program)==['accelerate0','torchrun0','torchrun1']
 
 def test_a_process_that_dies_ends_the_others(runs):
     assert runs['codes'][1]==7 and runs['codes'][0]==1

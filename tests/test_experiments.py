@@ -9,6 +9,7 @@ from PIL import Image
 from fastreid_nb.data.plain import read_yaml
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.augment.loaders import PKLoader
+from fastreid_nb.train.core import ReIDLearner
 from fastreid_nb.train.names import _kinds, names_of
 from fastreid_nb.recipes import tune
 from fastreid_nb.recipes.cli import reid_main
@@ -136,6 +137,37 @@ def test_schedules_fit_the_sets(learner, monkeypatch):
         found = [Experiment.load(o) for o in names]
         for exp in {json.dumps([o['schedule'], o['epochs'], o['freeze_iters']]):o for o in found}.values(): exp.fit(learner, [Stop()])
 
+def test_sets_of_one_name(root):
+    "Their scores would be written over each other"
+    test = ['market1501', dict(fn='market1501', path='Market-1501-v15.09.15')]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # the counts of the trees are not the published ones
+        with pytest.raises(ValueError, match="two sets are called 'market1501'"): Experiment(dict(data=dict(train='market1501', test=test))).read(root)
+
+early = {'schedule={fn: fit_warmup_cos, warmup_epochs: 99}':'schedule: a warm-up of 99', 'schedule={fn: fit_warmup_cos, how: up}':'schedule: how=',
+    'schedule={fn: fit_warmup_steps, milestone_epochs: [99]}':'schedule: a fall at 99', 'schedule={fn: fastreid_curve, delay_epochs: 99}':'expected fewer than the',
+    'schedule={fn: fine_tune, patience: 3}':'callbacks: KeepBest would choose', 'callbacks=[KeepBest]':'callbacks: KeepBest would choose',
+    'callbacks=[{fn: FreezeLayers, what: [backbone.layr1]}]':'callbacks: no layer', 'precision=float16':'needs CUDA'}
+
+@pytest.mark.parametrize('change', early)
+def test_what_needs_no_images_is_refused_before_them(change):
+    exp = Experiment.load('toy_small', [*base, 'model.backbone={fn: osnet, width: x0_25}', change])
+    with pytest.raises(ValueError) as e: exp.check()
+    assert early[change] in str(e.value), e.value
+
+@pytest.mark.parametrize('changes', [['schedule={fn: fine_tune, patience: 3}', 'data.holdout=0.2'], ['callbacks=[{fn: KeepBest, on: test}]'],
+    ['schedule={fn: fit_warmup_cos, warmup_iters: 10, flat_iters: 20}'], ['callbacks=[{fn: FreezeLayers, what: [backbone.conv*, 0]}]'], ['freeze_iters=10'],
+    ['callbacks=[{fn: GradientAccumulation, n_acc: 64}, {fn: GradientClip, max_norm: 5}]'], ['callbacks=[{fn: SchedLoss, what: triplet.margin, start: 0.1, end: 0.5}]']])
+def test_what_fits_passes(changes):
+    exp = Experiment.load('toy_small', [*base, 'model.backbone={fn: osnet, width: x0_25}', *changes])
+    assert exp.check() is exp
+
+def test_later_keys_leave_the_hash_alone():
+    "An experiment that says nothing of them is the run that it always was"
+    exp = Experiment({})
+    assert exp.hash=='1100d6f609a6' and exp.set('dist.minutes=3', 'dist.gather=true', 'compile=false').hash==exp.hash
+    assert len({exp.set(o).hash for o in ('seed=0', 'dist.gather=false', 'dist.sync_bn=false', 'compile=true')})==4
+
 ## Names
 
 base = ['epochs=1', *tiny]
@@ -145,7 +177,7 @@ where = dict(batches='sampler.batches', backbone='model.backbone', pool='model.p
 needs = dict(with_norm='{fn: with_norm, backbone: resnet18}', haa='{fn: haa, backbone: resnet18}', mgn='{fn: mgn, backbone: resnet18}', rmgl='{fn: rmgl, backbone: resnet18}',
     pcb='{fn: pcb, backbone: resnet18}', FreezeLayers='{fn: FreezeLayers, what: [backbone.conv1]}', PCBHead='{fn: PCBHead, n_parts: 2}', timm_backbone='timm/resnet18',
     Distill='[{fn: Distill, teacher: big.pt, terms: [SoftKL]}]', SSKD='[{fn: SSKD, teacher: big.pt, unlabelled: [a.jpg]}]',
-    hrnet='osnet', vit='{fn: vit, variant: deit_tiny}', transreid='{fn: transreid, variant: deit_small}')
+    KeepBest='{fn: KeepBest, on: test}', SchedLoss='{fn: SchedLoss, what: triplet.margin, start: 0.1, end: 0.5}', hrnet='osnet', vit='{fn: vit, variant: deit_tiny}', transreid='{fn: transreid, variant: deit_small}')
 
 @pytest.mark.parametrize('kind', where)
 def test_every_name_is_within_reach(kind, learner, monkeypatch):
@@ -229,10 +261,13 @@ def test_wrong_calls(capsys, root, tmp_path):
 
 quick = ['--set', 'model.backbone={fn: osnet, width: x0_25}', *(o for o in tiny if 'workers' not in o), 'augs=[hflip]', '--workers', 0, '--epochs', 1]
 
-def test_run_from_a_file(capsys, root, tmp_path):
+def test_run_from_a_file(capsys, root, tmp_path, monkeypatch):
     "A file with changes: what was run is printed, saved, in the checkpoint and in the ledger"
+    shared,compiled = [],[]
+    monkeypatch.setattr(ReIDLearner, 'across_processes', lambda self, **kw: shared.append(kw) or self)
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self: compiled.append(type(self).__name__))
     (tmp_path/'mine.yml').write_text('{base: own, seed: 3}')
-    words = ['train', root/'animals', '--config', tmp_path/'mine.yml', *quick, '--log', 'csv', '--out', tmp_path/'o']
+    words = ['train', root/'animals', '--config', tmp_path/'mine.yml', *quick, '--set', 'dist.gather=false', '--compile', '--log', 'csv', '--out', tmp_path/'o']
     out = says(capsys, 0, *words)
     exp = Experiment.load(tmp_path/'o'/'experiment.yml')
     assert f'# hash {exp.hash}' in out and exp['seed']==3 and exp['epochs']==1 and exp['model.backbone.width']=='x0_25'
@@ -241,6 +276,7 @@ def test_run_from_a_file(capsys, root, tmp_path):
     row, = Ledger(tmp_path/'ledger.csv').read().to_dict('records')
     assert row['hash']==exp.hash and row['seed']==3 and 0<=row['mAP']<=1 and row['minutes']>=0
     assert len((tmp_path/'o'/'log.csv').read_text().splitlines())==2
+    assert shared==[dict(sync_bn=True, gather=False, minutes=10.)] and compiled==['ReIDModel']
     assert not {'\r','\x1b'} & {*out}
 
 def test_a_ledger_that_cannot_be_written_loses_no_run(capsys, learner, tmp_path):

@@ -1,5 +1,5 @@
 "Freezing by name, and weight decay and learning rates by kind: against the reference's groups, and given back on every exit"
-import json
+import json, re
 from functools import partial
 
 import pytest, torch
@@ -32,8 +32,16 @@ def learn(dls):
 
 # Golden groups
 
-settings = dict(default_sbs={}, no_freeze_iters={}) # arguments of `ParamGroups`, besides those that a name spells out
-settings['bias2x_heads10x_normwd1e-5_biaswd0'] = dict(bias_lr=2, head_lr=10, norm_wd=1e-5, bias_wd=0.)
+part = re.compile(r'(bias|head|norm)s?(?:wd([\d.e-]+)|([\d.]+)x)')   # of the name of a case: 'normwd1e-5', 'bias2x'
+
+def settings_of(case):
+    "Arguments of `ParamGroups` that the parts of a name spell out"
+    found = [m for o in case.split('_') if (m := part.fullmatch(o))]
+    return {f'{m[1]}_wd':float(m[2]) for m in found if m[2]} | {f'{m[1]}_lr':float(m[3]) for m in found if m[3]}
+
+def test_a_name_spells_its_numbers_out():
+    assert settings_of('bias2x_heads10x_normwd1e-5_biaswd0')==dict(bias_lr=2, head_lr=10, norm_wd=1e-5, bias_wd=0)
+    assert settings_of('head0.5x')==dict(head_lr=.5) and settings_of('default_sbs')==settings_of('no_freeze_iters')=={}
 
 def golden_groups():
     found = [(p,k) for p in golden_files('optimizer_param_groups*.json') for k in json.loads(p.read_text())]
@@ -51,10 +59,9 @@ def test_golden_groups(path, case, dls):
     "Every parameter has the learning rate, the decay and the sleep that the reference gave it"
     if path is None: missing('optimizer_param_groups.json')
     want = json.loads(path.read_text())[case]
-    if case not in settings: missing(f'case {case}')
     reduced = 'heads.bottleneck.1.weight' in want
     head = partial(ReductionHead, n_emb=16, cosine=True) if reduced else partial(BNNeckHead, cosine=True)
-    learn = reid_learner(dls, partial(resnet18, ibn=True), GeM, head, cbs=ParamGroups(**settings[case]), dtype=torch.float32)
+    learn = reid_learner(dls, partial(resnet18, ibn=True), GeM, head, cbs=ParamGroups(**settings_of(case)), dtype=torch.float32)
     table = param_table(learn).set_index('name')
     want = {our_name(k, reduced):v for k,v in want.items()}
     assert set(want)==set(table.index)
@@ -178,6 +185,23 @@ def test_parameters_of_a_loss_have_a_kind(dls):
     l = reid_learner(dls, StagedNet, loss=loss, opt_func=SGD, wd=0., dtype=torch.float32, cbs=ParamGroups(loss_lr=100))
     with l.no_bar(), l.no_logging(): l.fit(1, 1e-3)
     assert loss.centres.mean().item()==pytest.approx(100*1e-3*len(dls.train)/8, rel=1e-4)
+
+class Still(nn.Module):
+    "A loss with a parameter that nothing moves but decay"
+    def __init__(self):
+        super().__init__()
+        self.centre = nn.Parameter(torch.ones(1))
+    def forward(self, out, pid, camid): return (out.feat.sum()+self.centre.sum())*0
+
+@pytest.mark.parametrize('own,more,stays', [([], [], True), ([ParamGroups(loss_wd=None)], [], False), ([ParamGroups(head_lr=3)], [], True),
+    ([], [ParamGroups(loss_wd=.1)], False), ([ParamGroups(loss_wd=.1)], [ParamGroups()], True)])
+def test_what_a_loss_learns_is_not_decayed(dls, own, more, stays):
+    "The group of the loss has no decay unless somebody says so; of several callbacks the last one works, and all is given back"
+    l = reid_learner(dls, StagedNet, loss=Still(), opt_func=reid_sgd, wd=.5, dtype=torch.float32, cbs=own)
+    with l.no_bar(), l.no_logging(): l.fit(1, .1, cbs=more)
+    assert (l.loss_func.centre.item()==1)==stays
+    assert len(l.opt.param_lists)==2 and len(l.opt.hypers)==2
+    assert not hasattr(reid_learner(dls, StagedNet, dtype=torch.float32), 'param_groups')
 
 @pytest.mark.parametrize('kw', [dict(norm_wd=-1), dict(bias_lr=float('nan')), dict(head_lr='a'), dict(loss_wd=float('inf'))])
 def test_bad_groups(kw):

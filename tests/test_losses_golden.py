@@ -12,8 +12,11 @@ from fastreid_nb.losses.pairs import TripletLoss, hard_dists, pair_dist, unit_ro
 from fastreid_nb.losses.similarity import PairwiseCircle, PairwiseCosFace
 from golden_files import close, golden_files, golden_params, missing
 
+tested = {} # pattern of files to the regular expressions of keys that a test below reads
+
 def keys(pattern, rx):
     "Every (file, key) of the golden files whose key matches `rx` completely"
+    tested.setdefault(pattern, []).append(rx)
     res = [pytest.param(p, k, id=f'{p.stem}-{k}') for p in golden_files(pattern) for k in np.load(p).files if re.fullmatch(rx, k)]
     return res or [pytest.param(None, None, id=f'no {pattern}')]
 
@@ -28,6 +31,11 @@ def leaf(a): return torch.tensor(a, requires_grad=True)
 def labels(a): return torch.tensor(a).long()
 
 ## losses_classification
+
+@pytest.mark.parametrize('path', golden_params('losses_classification*.npz'))
+def test_top1(path):
+    z = read(path, 'losses_classification*.npz')
+    close((torch.tensor(z['logits']).argmax(1)==labels(z['targets'])).double().mean(), z['cls_accuracy_top1'])
 
 @pytest.mark.parametrize('path,key', keys('losses_classification*.npz', r'ce_eps(-?[\d.]+)(_alpha[\d.]+)?'))
 def test_cross_entropy(path, key):
@@ -215,3 +223,21 @@ def test_queue(path, skip):
         assert term.queue.pids.tolist()==z[f'step{i}_queue_label'][0].tolist()
         close(term.queue.feats.sum(0), z[f'step{i}_queue_sum'])
     if skip=='self': assert max(apart)>1e-2 or n==1
+
+## What is in the files
+
+inputs = re.compile(r'seed|logits(_zero_rows)?|targets(_zero_rows|_with_minus1)?|features(_aligned)?|weight|cosine(_aligned)?|plain_linear|grad_out'
+    r'|scale_margin_pairs|cls_accuracy_top1|[a-z]+_(embedding|targets)|queue0|queue_label0|step\d+_(features|targets|loss|grad|queue_(ptr|sum|label))')
+
+def is_known(key, rxs):
+    "Is `key` an input, does a test ask for it, or does it belong to one that a test asks for?"
+    base = re.sub('(_grad_(logits|features|weight)|_ign|_f64)+$', '', key)
+    return any(re.fullmatch(rx, o) for rx in (inputs,*rxs) for o in (key, base, base.replace('_grad', '_loss')))
+
+@pytest.mark.parametrize('pattern', ['losses_classification*.npz','logit_layers*.npz','losses_metric*.npz','memory_bank*.npz'])
+def test_every_array_is_known(pattern):
+    "An array that no test reads is no test that passes"
+    for path in golden_files(pattern):
+        found = [k for k in np.load(path).files if not is_known(k, tested.get(pattern, []))]
+        assert not found, f'{path.name}: no test reads {found}'
+    assert not is_known('bal_norm2_hard0_margin0.3_loss', tested['losses_metric*.npz']) and not is_known('margin', tested[pattern] if pattern in tested else [])

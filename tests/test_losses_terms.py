@@ -357,6 +357,17 @@ def test_competition_by_its_formula():
     want = 0.1*F.cross_entropy(out.logits, pid, label_smoothing=0.1)+0.9*pull
     assert abs(competition_loss()(out, pid).item()-want.item())<1e-5
 
+@pytest.mark.parametrize('dist', ['euclidean','cosine'])
+def test_parts_of_another_number_choose_together(dist):
+    "Eight embeddings choose the pairs of five features, as in MGN, and only features have a gradient"
+    outs,pid = [batch(torch.arange(6).repeat(3).tolist(), seed=o)[0] for o in range(8)],torch.arange(6).repeat(3)
+    feats,embs = [o.feat.detach().requires_grad_() for o in outs[:5]],[o.emb.detach().requires_grad_() for o in outs]
+    val = TripletLoss(0.3, dist, chosen_on='emb')(ReIDOut([o.logits for o in outs], feats, embs), pid)
+    want = torch.stack([batch_hard_triplet(o, pid, 0.3, dist, torch.cat(embs, 1)) for o in feats]).mean()
+    assert torch.allclose(val, want)
+    val.backward()
+    assert all(o.grad.abs().sum()>0 for o in feats) and not any(o.grad is not None for o in embs)
+
 def test_weights_of_mgn():
     outs,pid = [batch(torch.arange(6).repeat(3).tolist(), seed=o)[0] for o in range(8)],torch.arange(6).repeat(3)
     many = ReIDOut([o.logits for o in outs], [o.feat for o in outs[:5]], [o.emb for o in outs])

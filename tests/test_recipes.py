@@ -1,13 +1,15 @@
 "The command `reid`: what it says when something is wrong, and that it loses nothing"
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
-import numpy as np, pandas as pd, pytest
+import fresh, numpy as np, pandas as pd, pytest
 from PIL import Image
 from fastreid_nb.recipes.run import read_data
 from fastreid_nb.recipes.cli import reid_main as main
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
-from fastreid_nb.train.resume import Resumable
+from fastreid_nb.train.resume import Resumable, last_state, write_state
+from fastreid_nb.recipes.ledger import Ledger
 from tiny_models import thin_resnets
 
 quick = '--backbone resnet18 --weights none --epochs 1 --size 64x32 --p 4 --k 4 --workers 0'.split()
@@ -140,6 +142,36 @@ def test_doctor_wrong_calls(capsys, tmp_path, folder, monkeypatch):
     def broken(*args, **kwargs): raise OSError(5, 'Input/output error')
     monkeypatch.setattr(copies, '_scan_chunk', broken)
     assert 'Input/output error' in says(capsys, 1, 'doctor', folder)
+
+def test_the_log_of_a_run_that_goes_on(capsys, tmp_path, folder, monkeypatch):
+    "One line an epoch, of those before the kill too; the ledger counts the time before it; a log is no other setting"
+    words = 'train', folder, *quick, '--epochs', 3, '--precision', 'float32'
+    def run(*more): return main([str(o) for o in (*words, *more)])
+    def epochs(): return pd.read_csv(tmp_path/'o'/'log.csv').epoch.tolist()
+    after = Resumable.after_epoch
+    def die(self):
+        if self.epoch==1: raise SystemExit   # the line of this epoch is written, its state is not
+        after(self)
+    monkeypatch.setattr(Resumable, 'after_epoch', die)
+    with pytest.raises(SystemExit): run('--out', tmp_path/'o', '--log', 'csv')
+    monkeypatch.undo()
+    assert epochs()==[0,1]
+    state,_,_ = last_state(tmp_path/'o'/'run')
+    write_state(tmp_path/'o'/'run', state|dict(seconds=state['seconds']+3600))
+    assert run('--resume', tmp_path/'o', '--log', 'csv')==0
+    assert epochs()==[0,1,2] and 60<Ledger(tmp_path/'ledger.csv').read().minutes.item()<70
+
+def test_log_for_tensorboard(capsys, tmp_path, folder):
+    words = 'train', folder, *quick, '--log', 'tensorboard', '--out', tmp_path/'o'
+    if find_spec('tensorboard') is None: assert 'pip install "fastreid-nb[log]"' in says(capsys, 1, *words)
+    else:
+        assert main([str(o) for o in words])==0
+        assert any((tmp_path/'o'/'tensorboard').iterdir())
+
+def test_the_module_is_the_command(tmp_path):
+    "What a launcher of processes starts"
+    code = "import runpy; runpy.run_module('fastreid_nb.recipes.cli', run_name='__main__', alter_sys=True)"
+    assert 'usage: reid COMMAND' in fresh.run(tmp_path/'said.txt', code, '--help')
 
 def test_a_killed_run_goes_on(capsys, tmp_path, folder, monkeypatch):
     "Killed after an epoch: the same command goes on, another one is refused, and states go when the model is there"

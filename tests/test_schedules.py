@@ -6,6 +6,10 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, SchedNo
 
 from fastreid_nb.train.core import reid_learner, reid_loss
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.margins import ArcFace
+from fastreid_nb.losses.memory import QueueLoss
+from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.train.schedules import SchedLoss, combine_lengths, fastreid_curve, warmup_flat_cos, warmup_steps
 from golden_files import golden_files, missing
 from tiny_models import TinyNet
@@ -145,6 +149,23 @@ def test_margin_is_given_back(learn, exc, epoch):
     ('triplet.dist', 'has the numbers')])
 def test_what_cannot_be_scheduled(learn, what, match):
     with pytest.raises(ValueError, match=match): learn.fit(1, cbs=SchedLoss(what, SchedNo(1,1)))
+
+@pytest.mark.parametrize('term,name,ends', [(ArcFace(), 'arcface', (.1,28)), (TripletLoss(), 'triplet', (.3,-1)), (CrossEntropy(), 'ce', (0,1)), (QueueLoss(8, 16), 'queue', (.2,1.5))])
+def test_values_that_the_term_would_refuse(dls, term, name, ends):
+    "Refused before the first step, and whether or not the term has a memory; random numbers stay where they were"
+    l = reid_learner(dls, TinyNet, loss=ReIDLoss(term), dtype=torch.float32)
+    attr = 'eps' if name=='ce' else 'margin'
+    was,rng = getattr(term, attr),torch.get_rng_state()
+    with pytest.raises(ValueError, match=f'{name}.{attr} after '), l.no_bar(), l.no_logging(): l.fit(1, 1e-3, cbs=SchedLoss(f'{name}.{attr}', SchedLin(*ends)))
+    assert getattr(term, attr)==was and torch.equal(torch.get_rng_state(), rng) and l.opt is None or l.train_iter==0
+
+def test_a_straight_line_in_two_numbers(learn):
+    cb = SchedLoss('triplet.margin', start=.1, end=.5)
+    learn.fit(2, 1e-3, cbs=cb)
+    n = 2*len(learn.dls.train)
+    assert np.allclose(cb.values, .1+.4*np.arange(n)/n)
+    for kw in ({}, dict(start=1), dict(sched=SchedNo(1, 1), start=0, end=1)):
+        with pytest.raises(ValueError, match='either a schedule'): SchedLoss('triplet.margin', **kw)
 
 def test_a_schedule_that_gives_no_number(learn):
     with pytest.raises(ValueError, match='triplet.margin=nan'): learn.fit(1, cbs=SchedLoss('triplet.margin', lambda pos: float('nan')))

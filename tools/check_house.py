@@ -83,6 +83,7 @@ def read_room(path, root):
 may_be_late = {'ScoreReID':'every learner scores, and scores need the rooms of evaluation',
     'expand_features':'a score may be one with query expansion', 'rerank_dist':'a score may be one after re-ranking',
     'WatchLoss':'every learner records the terms of its loss',
+    'ParamGroups':'what a loss learns is not decayed',
     'load_pretrained':'a command or a learner may be given any file of weights'}
 
 @dataclass

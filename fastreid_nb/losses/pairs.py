@@ -159,8 +159,8 @@ class TripletLoss(PairTerm):
 
     def inputs(self, out, pid):
         xs,choosers = (_parts(getattr(out, o), pid) for o in (self.on,self.chosen_on))
-        if len(xs)==len(choosers): return list(zip(xs, choosers))
-        raise ValueError(f'{len(choosers)} parts in `{self.chosen_on}` cannot choose pairs for {len(xs)} in `{self.on}`')
+        if len(xs)!=len(choosers): choosers = [torch.cat(choosers, 1)]*len(xs)   # other parts: all of them choose
+        return list(zip(xs, choosers))
 
     def loss(self, x, chooser, pid):
         if self.mining=='weighted': return batch_weighted_triplet(x, pid, self.margin, self.dist, self.eps)

@@ -15,7 +15,8 @@ from itertools import takewhile
 from pathlib import Path
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
-from fastcore.basics import patch
+from fastai.torch_core import default_device
+from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from torch import nn
 from ..data.core import ReIDData, as_protocol
@@ -29,7 +30,8 @@ from ..backbone.timmnets import timm_backbone, timm_name
 from ..heads.model import ReIDModel, eval_mode
 from ..losses.core import ReIDLoss
 from ..train.core import ReIDLearner, _built_preproc, reid_learner
-from ..train import finetune # methods of a learner; chkstyle: ignore
+from ..train.groups import FreezeLayers, named_params
+from ..train.finetune import KeepBest
 from ..train.names import _choices, _is_callable, kind_of, names_of
 from ..train.schedules import fastreid_curve
 from ..eval.score import ScoreReID
@@ -83,6 +85,13 @@ def _read(exp, call, root, train):
     if train and exp['data.combine_all']: data = data.combine_all()
     return data.drop_tail(exp['data.min_images']) if train and exp['data.min_images']>1 else data
 
+def _own_names(sets):
+    "Refuse sets of one name, whose scores would be written over each other"
+    names = [o.name for o in sets]
+    twice = next((o for o in names if names.count(o)>1), None)
+    if twice is not None: raise ValueError(f'data.test: two sets are called {twice!r}, so their scores could not be told apart: '
+        'expected sets of different names, such as {fn: market1501, path: …, name: mine}')
+
 def _join(test, trains):
     "Data to train on `trains` and to test on `test`, one of them or not"
     data = test if any(o is test for o in trains) else replace(test, train=test.train[:0])
@@ -101,7 +110,9 @@ def read(self:Experiment,
     wanted = [json.dumps(o) for o in self['data.test'] or self['data.train'][:1]]
     tests = [trains[o] if o in trains else _read(self, json.loads(o), root, False) for o in wanted]
     data,share = _join(tests[0], list(trains.values())),self['data.holdout']
-    return [data.holdout(share, self['seed']), *tests] if share else [data, *tests[1:]]
+    sets = [data.holdout(share, self['seed']), *tests] if share else [data, *tests[1:]]
+    _own_names(sets)
+    return sets
 
 # %% ../../nbs/15a_recipes.build.ipynb #c9bcc1e7
 def _augs(exp, images):
@@ -207,6 +218,7 @@ def learner(self:Experiment,
     dls = self.dls(data)
     if model is None: model = self.model(len(dls.pids))
     model.experiment,model.pids = dict(self.values, hash=self.hash),list(dls.pids)
+    if self['compile']: model.compile()
     return reid_learner(dls, model=model, loss=self.loss(model), opt_func=called(self['optim.func'], 'opt'),
         lr=self['optim.lr'], wd=self['optim.wd'], dtype=_dtypes[self['precision']], cbs=[*_callbacks(self), *L(cbs)], **kwargs)
 
@@ -252,6 +264,34 @@ def _check_augs(exp):
     x = torch.zeros(3, 32, 16, dtype=torch.uint8)
     for seed in range(9): apply_augs(x, np.random.default_rng(seed), _augs(exp, [x]))
 
+# %% ../../nbs/15a_recipes.build.ipynb #c66d79dc
+class _Dry(ReIDLearner):
+    "A learner whose fits note their callbacks and do nothing else"
+    def fit(self, *args, cbs=None, **kwargs): self.noted = [*getattr(self, 'noted', []), *L(cbs)]
+
+def _check_schedule(exp):
+    "Callbacks of the schedule, which is tried on a fit that does nothing; the iterations of an epoch are not known yet"
+    fn,lr,n = called(exp['schedule'], 'schedule'),exp['optim.lr'],exp['epochs']
+    many,given = 10**9,[k for k,o in fn.keywords.items() if k.endswith('_iters') and o is not None]
+    if fn.func is fastreid_curve: fn(lr, n_epoch=n, epoch_iters=many)
+    if fn.func is fastreid_curve or given: return []
+    learn = _Dry(DataLoaders(range(many), []), nn.Linear(1, 1), loss_func=noop)
+    fn(learn, n, lr, cbs=[], **dict(freeze_iters=exp['freeze_iters']) if exp['freeze_iters'] else {})
+    return learn.noted
+
+# %% ../../nbs/15a_recipes.build.ipynb #1d90d7d2
+def _check_callbacks(exp, cbs, model):
+    "Refuse what would end a run after its images have been read"
+    for o in cbs:
+        if isinstance(o, KeepBest) and o.on=='holdout' and not exp['data.holdout']: raise ValueError('KeepBest would choose '
+            'an epoch on the test set, which is for reporting: set data.holdout, or say on: test')
+        if isinstance(o, FreezeLayers) and model is not None: [named_params(model, k) for k in o.what if isinstance(k, str)]
+
+def _check_precision(exp):
+    kind = default_device().type
+    if exp['precision']=='float16' and kind!='cuda': raise ValueError(
+        f'precision: float16 on {kind}: expected bfloat16 or float32; float16 needs CUDA')
+
 # %% ../../nbs/15a_recipes.build.ipynb #bc39da11
 @patch
 def check(self:Experiment)->Experiment: # Itself
@@ -259,8 +299,10 @@ def check(self:Experiment)->Experiment: # Itself
     with _Where('augs'): _check_augs(self)
     with _Where('batch_augs'): [called(o, 'batch_aug')() for o in self['batch_augs']]
     _check_terms(self)
-    with _Where('model'): _dummy_model(self)
-    with _Where('callbacks'): _callbacks(self)
+    with _Where('model'): model = _dummy_model(self)
+    with _Where('schedule'): more = _check_schedule(self)
+    with _Where('callbacks'): _check_callbacks(self, [*_callbacks(self), *more], model)
+    _check_precision(self)
     with _Where('optim'): called(self['optim.func'], 'opt')([nn.Parameter(torch.zeros(1))], lr=self['optim.lr'])
     weights = self['weights']
     if weights in ('imagenet','none') or Path(weights).expanduser().is_file(): return self

@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.cli.html.md"""
 __all__ = ['reid_commands', 'reid_main']
 
 # %% ../../nbs/15j_recipes.cli.ipynb #a1709857
-import json, re, signal, sys, warnings
+import inspect, json, re, signal, sys, warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,7 @@ from ..augment.loaders import reid_dls
 from ..backbone.resnet import resnet18_ibn
 from ..heads.speed import best_dtype
 from ..train.core import reid_learner
+from ..train.names import names_of
 from ..eval.inference import evaluate_data
 from ..eval import intervals # the method `ReIDResult.intervals`; chkstyle: ignore
 from .core import Experiment
@@ -60,7 +61,7 @@ def reid_demo(
 
 # %% ../../nbs/15j_recipes.cli.ipynb #2f934850
 _options = dict(backbone='model.backbone', weights='weights', epochs='epochs', lr='optim.lr', freeze_iters='freeze_iters',
-    size='preproc.size', p='sampler.p', k='sampler.k', seed='seed', workers='workers', precision='precision',
+    size='preproc.size', p='sampler.p', k='sampler.k', seed='seed', workers='workers', precision='precision', compile='compile',
     skip_bad='data.skip_bad', regex='data.train.regex', test_frac='data.train.test_frac')
 
 def changes_of(
@@ -108,6 +109,7 @@ def reid_train(
     precision:str='', # Of the forward pass: auto (the fastest, measured), float32 or bfloat16
     regex:str='', # For file names, with groups pid and camid; by default one folder per identity
     test_frac:float=None, # Share of identities kept for testing when the data has no split, in [0,1); by default 0.3
+    compile:bool=False, # Compile the network in training? The first steps then take minutes
     skip_bad:bool=False, # Leave unreadable images out instead of stopping?
     log:str='', # Numbers of each epoch also as csv or tensorboard
     ledger:str='', # CSV file that gets a line for the run; by default ledger.csv beside the folder
@@ -183,13 +185,19 @@ def reid_recipes(
     if name: return _say(Experiment.load(name))
     table = recipe_table().drop(columns='hash')
     for o in ('rank-1','mAP','mINP'): table[o] = table[o].map(lambda v: '' if v!=v or v is None else f'{100*v:.1f}')
-    _say(table.to_string(), '', 'Scores in percent as published; reid train --config NAME FOLDER_OF_SETS trains one.')
+    table['run here'] = table['mAP'].map(lambda o: 'no' if o else '')
+    _say(table.to_string(), '', 'Scores in percent as published, of runs elsewhere; reid train --config NAME FOLDER_OF_SETS trains one.')
+
+# %% ../../nbs/15j_recipes.cli.ipynb #f1fdf0d1
+def _first_line(o): return '' if isinstance(o, list) else (inspect.getdoc(o) or '').partition('\n')[0]
 
 def reid_models(
     *names:str, # Networks, as in --backbone; by default all of the library
     size:str='256x128', # Height x width of the input, pixels
+    kind:str='', # Instead of networks what an experiment may name as: term, head, pool, batches, aug, callback, opt …
 ):
-    "List the networks with their parameters and feature maps"
+    "List the networks with their parameters and feature maps, or the names of another kind"
+    if kind: return _say(*(f'{k:24} {_first_line(o)}' for k,o in sorted(names_of(kind).items())))
     check_options(dict(size=size))
     table = model_table(list(names) or None, _hw(size))
     table['parameters'] = table.parameters.map(lambda o: '' if o!=o or o is None else f'{o/1e6:.2f} M')
@@ -286,3 +294,6 @@ def reid_main(
     pos = ['name'] if name=='recipes' else ['path'] if name in ('train','tune','export') else None
     parser = anno_parser(reid_commands[name], prog=f'reid {name}', pos=pos)
     return _obey(name, vars(parser.parse_args([_dashes(o) for o in rest])))
+
+# %% ../../nbs/15j_recipes.cli.ipynb #63afea60
+if __name__=='__main__' and __package__: sys.exit(reid_main())   # python -m, not a notebook

@@ -71,6 +71,14 @@ class EvalSettings:
     flip:bool=False # Add the embedding of the mirror image in the final scores?
     def __post_init__(self): check_number('eval.every', self.every, 1)
 
+# %% ../../nbs/15_recipes.ipynb #ecb92055
+@dataclass
+class DistSettings:
+    sync_bn:bool=True # Statistics of BatchNorm over all processes?
+    gather:bool=True # Compute the loss on the outputs of all processes together?
+    minutes:float=10. # Of waiting for another process; not part of the hash
+    def __post_init__(self): check_number('dist.minutes', self.minutes, 0)
+
 # %% ../../nbs/15_recipes.ipynb #3422ca97
 _precisions = 'auto','float32','bfloat16','float16'
 
@@ -92,6 +100,8 @@ class Settings:
     epochs:int=60 # Epochs
     callbacks:Names('callback', True)=() # More that happens while training
     precision:str='auto' # Of the forward pass
+    compile:bool=False # Compile the network?
+    dist:DistSettings=None # What several processes share; without effect in one
     eval:EvalSettings=None
     seed:int=0 # Of weights, batches and augmentation
     workers:int=None # Processes that read images; not part of the hash
@@ -169,7 +179,8 @@ def with_bases(
     return merge(res, {k:v for k,v in values.items() if k not in ('base','hash')})
 
 # %% ../../nbs/15_recipes.ipynb #d57f8331
-_unhashed = ('name',),('data','root'),('workers',),('published',),('tune',)
+_unhashed = ('name',),('data','root'),('workers',),('published',),('tune',),('dist','minutes')
+_later = {('compile',):False, ('dist','sync_bn'):True, ('dist','gather'):True} # with these values the hash is that of before
 
 def _usual(o):
     "Numbers in one form"
@@ -204,7 +215,8 @@ class Experiment:
     @property
     def hash(self)->str:
         "Twelve digits that are the same for the same run"
-        told = {k:v for k,v in flat(_usual(self.values)).items() if not any(k[:len(o)]==o for o in _unhashed)}
+        said = {k:v for k,v in flat(_usual(self.values)).items() if (k,v) not in _later.items()}
+        told = {k:v for k,v in said.items() if not any(k[:len(o)]==o for o in _unhashed)}
         said = json.dumps(sorted(('.'.join(map(str, k)), v) for k,v in told.items()))
         return hashlib.sha256(said.encode()).hexdigest()[:12]
 

@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.run.html.md"""
 __all__ = ['read_data', 'train_and_report', 'run_experiment']
 
 # %% ../../nbs/15e_recipes.run.ipynb #14695ae0
-import multiprocessing, os, shutil, signal, sys, time
+import multiprocessing, os, shutil, signal, sys
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
@@ -17,7 +17,6 @@ from pathlib import Path
 import pandas as pd, matplotlib.pyplot as plt
 import torch.distributed as dist
 from fastai.callback.core import Callback
-from fastai.callback.progress import CSVLogger
 from fastai.learner import Learner
 from fastai.torch_core import rank_distrib
 from ..data.core import ReIDData
@@ -241,6 +240,31 @@ def train_and_report(
     with run_folder(out, overwrite) as folder:
         return _run(learn, folder, partial(learn.fit_warmup_cos, epochs, lr, **kwargs))
 
+# %% ../../nbs/15e_recipes.run.ipynb #621cb183
+class EpochLog(Callback):
+    "Write the numbers of every epoch as a CSV file; the lines are part of the state of a run"
+    order = 60 # after Recorder
+    def __init__(self,
+        file:Path, # CSV file, replaced
+    ):
+        self.file,self.lines,self.inner = file,[],None
+
+    def before_fit(self):
+        self.undo()
+        if not self.lines: self.lines = [','.join(self.recorder.metric_names)]
+        self.inner,self.learn.logger = self.logger,self._add
+
+    def _add(self, values):
+        self.lines.append(','.join(map(str, values)))
+        with atomic_path(self.file) as tmp: tmp.write_text('\n'.join(self.lines)+'\n', encoding='utf-8')
+        self.inner(values)
+
+    def after_fit(self): self.undo()
+    def undo(self):
+        "Give the learner its own logger back"
+        if self.inner is not None and self.learn is not None: self.learn.logger = self.inner
+        self.inner = None
+
 # %% ../../nbs/15e_recipes.run.ipynb #4655a7b3
 def log_callbacks(
     log:str, # '', 'csv' or 'tensorboard'
@@ -249,9 +273,9 @@ def log_callbacks(
     "What writes down the numbers of every epoch"
     check_choice('log', log, ('','csv','tensorboard'))
     if rank_distrib(): return []   # the first process writes
-    if log!='tensorboard': return [CSVLogger(folder.absolute()/'log.csv')]*(log=='csv')
+    if log!='tensorboard': return [EpochLog(folder.absolute()/'log.csv')]*(log=='csv')
     try: from fastai.callback.tensorboard import TensorBoardCallback
-    except ImportError as e: raise ImportError('log tensorboard needs it: pip install tensorboard') from e
+    except ImportError as e: raise ImportError('log tensorboard needs TensorBoard: pip install "fastreid-nb[log]"') from e
     return [TensorBoardCallback(folder/'tensorboard', trace_model=False, log_preds=False)]
 
 def _score_all(exp, learn, others, res):
@@ -338,10 +362,10 @@ def run_experiment(
     "Run an experiment; leave the model, the experiment, ranked lists and a line in the ledger"
     with shared_folder(out, overwrite or resume) as folder:
         going = _states(folder, resume, force)
-        loggers,start = log_callbacks(log, folder),time.time()
+        loggers = log_callbacks(log, folder)
         data,others,net = _start(exp, root, model)
         _say(f'experiment {exp}', '')
-        learn = exp.learner(data, net, [*loggers, *(cbs or [])], path=folder).across_processes()
+        learn = exp.learner(data, net, [*loggers, *(cbs or [])], path=folder).across_processes(**exp['dist'])
         def fit(cbs):
             if not resume: _save(exp, folder)   # a run that goes on as another one may be refused
             exp.fit(learn, [*cbs, going])
@@ -349,5 +373,5 @@ def run_experiment(
         _save(exp, folder)
         scores = _score_all(exp, learn, others, res)
         if len(scores)>1 or exp['eval.flip']: _say('', 'All tests, in percent:', _percent(scores))
-        _note(exp, data, scores, (time.time()-start)/60, ledger or Path(out).parent/'ledger.csv')
+        _note(exp, data, scores, going.seconds/60, ledger or Path(out).parent/'ledger.csv')
     return res

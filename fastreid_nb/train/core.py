@@ -192,7 +192,7 @@ class SkipValidLoss(Callback):
 def _finite(x): return torch.as_tensor(x).detach().isfinite().all()
 
 class FiniteLoss(Callback):
-    "End a fit whose loss is no number any more; looked at every 50 steps, so that no step waits for a GPU"
+    "End a fit whose loss is no number any more; looked at every 50 steps, because a look waits for the GPU"
     order,run_valid,every = 45,False,50 # before Recorder
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
@@ -225,7 +225,6 @@ class FiniteLoss(Callback):
         if not bad: return ''
         if len(bad)<len(self.bad_parts): return f', which began in {", ".join(bad)}'
         return f', in every term ({", ".join(bad)}), so that the model itself gave no numbers'
-
 
 # %% ../../nbs/06_train.ipynb #1e8159f4
 class FusedAdam(OptimWrapper):
@@ -321,7 +320,7 @@ def reid_learner(
     loss:callable=None, # `(ReIDOut, pid, camid) → scalar`; by default `reid_loss()`
     opt_func:callable=reid_adam, # fastai optimiser
     lr:float=3.5e-4, # Default learning rate of a fit (the recipes')
-    wd:float=5e-4, # Weight decay, on all parameters
+    wd:float=5e-4, # Weight decay, on all parameters of the model
     dtype:torch.dtype=None, # Precision of the forward pass; by default precision and memory layout are the fastest, measured
     seed:int=0, # Of the model's initial weights
     cbs:list=None, # Further callbacks
@@ -340,7 +339,8 @@ def reid_learner(
     check_classes(model, len(dls.pids))
     speed = fastest(dls.device) if dtype is None else Speed(dtype)
     model,loss = model.to(dls.device, memory_format=speed.memory_format),loss or reid_loss()
-    if isinstance(loss, nn.Module): loss.to(dls.device)
-    cbs = [*(o() for o in reid_cbs), later('ScoreReID')(), later('WatchLoss')(), Amp(dtype), *L(cbs)]
+    own = params(loss.to(dls.device)) if isinstance(loss, nn.Module) else []
+    groups = [later('ParamGroups')()] if own else []   # no decay of what a loss learns
+    cbs = [*(o() for o in reid_cbs), later('ScoreReID')(), later('WatchLoss')(), Amp(dtype), *groups, *L(cbs)]
     return ReIDLearner(dls, model, loss, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=True, train_bn=False,
         splitter=partial(reid_splitter, loss=loss), cbs=cbs, path=path)

@@ -106,7 +106,7 @@ class ParamGroups(Callback):
         bias_wd:float=None, # Decay of what is called `bias`, of norms too; by default that of the learner
         bias_lr:float=1., # Factor of the learning rate of biases
         head_lr:float=1., # Factor of the learning rate of everything but the backbone
-        loss_wd:float=None, # Decay of parameters of the loss; by default that of the learner
+        loss_wd:float=0., # Decay of parameters of the loss; None for that of the learner
         loss_lr:float=1., # Factor of the learning rate of parameters of the loss
     ):
         self.wds = dict(norm=norm_wd, bias=bias_wd, loss=loss_wd)
@@ -116,7 +116,9 @@ class ParamGroups(Callback):
         for k,o in self.lrs.items(): check_number(f'{k}_lr', o, 0)
         self.home = None
 
-    def before_fit(self): self.kinds = param_kinds(self.model, self.loss_func)
+    def before_fit(self):
+        self.run = self is [o for o in self.learn.cbs if isinstance(o, ParamGroups)][-1]   # of several the last one works
+        self.kinds = param_kinds(self.model, self.loss_func)
 
     def _numbers(self, p):
         "Factor of the learning rate, and decay or None, of one parameter"
@@ -150,7 +152,7 @@ def param_table(
 )->pd.DataFrame: # Columns name, lr, wd, trained; a row for each parameter of the model
     "Learning rate and weight decay of every parameter"
     if learn.opt is None: learn.create_opt()
-    cb = next((o for o in learn.cbs if isinstance(o, ParamGroups)), ParamGroups())
+    cb = [ParamGroups(), *(o for o in learn.cbs if isinstance(o, ParamGroups))][-1]
     cb.kinds = param_kinds(learn.model, learn.loss_func)
     lr = learn.lr if lr is None else lr
     wd = learn.opt.hypers[-1]['wd'] if learn.wd is None else learn.wd

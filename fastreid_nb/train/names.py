@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fasttransform import Transform
 from torch import nn
 from ..data.core import ReIDData
@@ -65,8 +66,9 @@ _kinds = dict(
     between=_compares,
     callback=lambda o: isinstance(o, type) and _room(o) in ('train','kd') and issubclass(o, Callback)
         and o.__name__ not in _no_callbacks)
-_no_callbacks = ('Amp', 'SchedLoss', 'Watch', # an own setting, a function of the position, and what others build on
+_no_callbacks = ('Amp', 'Watch', # an own setting, and what others build on
     'Resumable', 'AcrossProcesses', 'SharedValidation') # and those that a run adds by itself
+_of_fastai = dict(GradientAccumulation=GradientAccumulation, GradientClip=GradientClip)
 _schedules = 'fit_warmup_cos','fit_warmup_steps','fine_tune','fastreid_curve'
 
 # %% ../../nbs/06k_train.names.ipynb #94625ca3
@@ -74,7 +76,7 @@ _schedules = 'fit_warmup_cos','fit_warmup_steps','fine_tune','fastreid_curve'
 def names_of(
     kind:str, # 'reader', 'aug', 'batch_aug', 'batches', 'backbone', 'pool', 'head', 'model', 'term', 'loss', …
 )->dict: # Name to function, class or, of augmentations, list
-    "The public names of this library that an experiment may use for one purpose"
+    "The public names of this library, and of fastai two callbacks, that an experiment may use for one purpose"
     known = vars(import_module('fastreid_nb.all'))
     if kind=='schedule': return {k:getattr(ReIDLearner, k, None) or known[k] for k in _schedules}
     check_choice('kind', kind, [*_kinds,'schedule'])
@@ -82,7 +84,7 @@ def names_of(
     ours = {k:o for k,o in ours.items() if o.__module__.startswith('fastreid_nb.')}
     found = {k:o for k,o in ours.items() if _kinds[kind](o)}
     lists = {k:o for k,o in known.items() if k.endswith('_augs') and isinstance(o, list)}
-    return found | lists if kind=='aug' else found
+    return found | dict(aug=lists, callback=_of_fastai).get(kind, {})
 
 # %% ../../nbs/06k_train.names.ipynb #831c2981
 @dataclass(frozen=True)

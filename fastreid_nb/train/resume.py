@@ -105,6 +105,7 @@ class Resumable(Callback):
         self.every_epochs,self.every_minutes,self.every_iters,self.keep = every_epochs,every_minutes,every_iters,keep
         self.rank = rank_distrib() if rank is None else check_number('rank', rank, 0, whole=True)
         self.n_fit,self.step,self.last,self.note,self.state = -1,0,None,'',None # `note`: where it went on
+        self.started,self.earlier = time.monotonic(),0. # `earlier`: seconds of the processes before this one
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
@@ -130,6 +131,11 @@ class Resumable(Callback):
         "Nothing to take over"
 
 # %% ../../nbs/06i_train.resume.ipynb #002906i
+@patch(as_prop=True)
+def seconds(self:Resumable)->float:
+    "Seconds since this run began, without the time between its processes"
+    return self.earlier+time.monotonic()-self.started
+
 @patch
 def write(self:Resumable,
     epoch:int, # Epoch in which to go on, from 0
@@ -140,7 +146,7 @@ def write(self:Resumable,
     if self.rank: return
     at = dict(fit=self.n_fit, epoch=epoch, iters=iters, step=self.step)
     state = dict(format='fastreid_nb run', form=_written, at=at, settings=self.settings, machine=machine())
-    state |= take_state(self.learn)
+    state |= take_state(self.learn)|dict(seconds=self.seconds)
     bad = [k for k,o in state['model'].items() if o.is_floating_point() and not o.isfinite().all()]
     try:
         if bad: raise OSError(f'the state was not written: {len(bad)} weights are NaN or infinite, such as {bad[:3]}')
@@ -162,6 +168,7 @@ def _find(self:Resumable):
         if self.rank or not state_files(self.folder): return
         raise ValueError(f'{self.folder} holds the states of a run: resume=True goes on with it; a new run needs a new folder')
     self.state,self.last,said = last_state(self.folder)
+    if self.state is not None: self.earlier = self.state.get('seconds', 0.)
     if said: warn(f'{"; ".join(said)}. The run goes on from an older state, {self.last}')
 
 # %% ../../nbs/06i_train.resume.ipynb #003306i

@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.schedules.html.md"""
 __all__ = ['combine_lengths', 'warmup_flat_cos', 'warmup_steps', 'fastreid_curve', 'FreezeBackbone', 'SchedLoss']
 
 # %% ../../nbs/06a_train.schedules.ipynb #346c795b
-import math, numbers, numpy as np
+import inspect, math, numbers, numpy as np, torch
 from bisect import bisect_right
 from itertools import accumulate
 from fastai.callback.core import Callback
@@ -249,22 +249,45 @@ def _loss_term(loss, name):
     if name not in loss.names: raise ValueError(f'no term {name!r} in the loss: choose one of {loss.names}')
     return loss.terms[loss.names.index(name)]
 
+# %% ../../nbs/06a_train.schedules.ipynb #eea6159a
+def _again(term, **changed):
+    "Another term with the settings of `term`, but for what is `changed`; an argument that is not kept is 2"
+    found = inspect.signature(type(term)).parameters
+    kept = {k:vars(term).get(k, 2) for k,o in found.items() if k in vars(term) or o.default is o.empty}
+    return type(term)(**kept|changed)
+
+def _check_values(what, term, attr, sched):
+    "Refuse a schedule whose values the constructor of the term would refuse"
+    if attr not in inspect.signature(type(term)).parameters: return
+    vals = [check_number(what, sched(i/100), -math.inf) for i in range(101)]
+    with torch.random.fork_rng(devices=[]):
+        try: _again(term)
+        except Exception: return   # a term that is made in another way
+        for i,val in enumerate(vals):
+            try: _again(term, **{attr:val})
+            except ValueError as e: raise ValueError(f'{what} after {i} % of the fit: {e}') from e
+
 # %% ../../nbs/06a_train.schedules.ipynb #efd336db
 class SchedLoss(Callback):
     "Let a number of one term of the loss follow a schedule during a fit; afterwards it is what it was"
     order,run_valid = 61,False # after ParamScheduler, which writes `recorder.hps`
     def __init__(self,
         what:str, # Term and attribute, such as 'triplet.margin' or 'ce.weight'
-        sched:callable, # Position in [0,1] → value, such as `SchedLin(.1, .5)`
+        sched:callable=None, # Position in [0,1] → value, such as `SchedCos(.1, .5)`; by default a straight line
+        start:float=None, # Where the line begins
+        end:float=None, # Where the line ends
     ):
+        has_line = start is not None and end is not None
+        if has_line==(sched is not None): raise ValueError('expected either a schedule, or start and end of a straight line')
         if what.count('.')!=1: raise ValueError(f"{what!r}: expected a term and an attribute, such as 'triplet.margin'")
-        self.what,self.sched,self.term = what,sched,None
+        self.what,self.sched,self.term = what,SchedLin(start, end) if has_line else sched,None
 
     def before_fit(self):
         name,attr = self.what.split('.')
         term = _loss_term(self.loss_func, name)
         numbers_ = [k for k,v in vars(term).items() if isinstance(v, numbers.Real) and not isinstance(v, bool)]
         if attr not in numbers_: raise ValueError(f'{self.what!r}: {name} has the numbers {numbers_}')
+        _check_values(self.what, term, attr, self.sched)
         self.term,self.attr,self.was,self.values = term,attr,getattr(term, attr),[]
 
     def before_batch(self):

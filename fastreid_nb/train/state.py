@@ -348,13 +348,16 @@ def _opt_of(learn):
         lr=[o['lr'] for o in learn.opt.hypers], wd=[o.get('wd', 0) for o in learn.opt.hypers])
 
 # %% ../../nbs/06h_train.state.ipynb #006306h
+_quiet = ('Recorder','ProgressCallback','HeedSignals','Resumable', # callbacks that change nothing that is learned
+    'CSVLogger','EpochLog','TensorBoardCallback','WandbCallback')
+
 def settings_of(
     learn:Learner, # At the start of a fit
     config:dict=None, # Further settings, of the experiment
 )->dict: # Dotted name to text
     "What a run is set up with"
-    net,quiet = bare_module(learn.model),('Recorder','ProgressCallback','HeedSignals','Resumable')
-    cbs = {k:describe(o) for k,o in named_cbs(learn).items() if k not in quiet}
+    net = bare_module(learn.model)
+    cbs = {k:describe(o) for k,o in named_cbs(learn).items() if k.split()[0] not in _quiet}
     model = dict(kind=type(net).__name__, recipe=getattr(net, 'recipe', None), tensors=tensor_print(net))
     amp = getattr(learn, 'mixed_precision', None)
     classes = class_names(learn.dls)
