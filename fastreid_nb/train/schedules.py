@@ -263,9 +263,9 @@ def _check_values(what, term, attr, sched):
     with torch.random.fork_rng(devices=[]):
         try: _again(term)
         except Exception: return   # a term that is made in another way
-        for i,val in enumerate(vals):
+        for val in (min(vals),max(vals)):
             try: _again(term, **{attr:val})
-            except ValueError as e: raise ValueError(f'{what} after {i} % of the fit: {e}') from e
+            except ValueError as e: raise ValueError(f'{what} becomes {val:g} during the fit: {e}') from e
 
 # %% ../../nbs/06a_train.schedules.ipynb #efd336db
 class SchedLoss(Callback):
