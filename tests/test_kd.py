@@ -327,8 +327,7 @@ def test_lr_find(data, teacher, tmp_path):
     assert isinstance(learn.loss_func, ReIDLoss) and len(learn.loss_func.terms)==2
 
 @pytest.mark.filterwarnings('error:Could not load the optimizer')
-@pytest.mark.parametrize('fused', [True,False])
-@pytest.mark.parametrize('what', ['overhaul','sskd'])
+@pytest.mark.parametrize('what,fused', [('overhaul',True), ('sskd',False)])
 def test_lr_find_leaves_no_trace(data, teacher, tmp_path, what, fused):
     "Connectors, the second classifier, the moving average and the optimiser are what they were, after a Ctrl-C too"
     if what=='overhaul':
