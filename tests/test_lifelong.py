@@ -101,6 +101,11 @@ def test_map_in_blocks_and_on_disk(tmp_path, monkeypatch):
     assert torch.allclose(there.emb, whole, atol=1e-6) and there.df.equals(old.df) and sorted(o.name for o in tmp_path.iterdir())==['new.npy','old.npy']
     half = move(Features(old.emb.half(), old.df))
     assert half.emb.dtype==torch.float16 and torch.allclose(half.emb.float(), whole, atol=2e-3)
+    assert np.load(tmp_path/'new.npy', mmap_mode='r').dtype==np.float32
+    on_disk = move(Features(old.emb.half(), old.df), tmp_path/'half.npy')
+    assert np.load(tmp_path/'half.npy', mmap_mode='r').dtype==np.float16 and torch.equal(on_disk.emb, half.emb)
+    coarse = Features(old.emb.bfloat16(), old.df)
+    assert torch.allclose(move(coarse, tmp_path/'coarse.npy').emb, move(coarse).emb.float(), atol=1e-2)
     move.save(tmp_path/'map.pt')
     again = GalleryMap.load(tmp_path/'map.pt')
     assert torch.equal(again.weight, move.weight) and torch.equal(again.shift, move.shift) and (again.how,again.n)==(move.how,move.n)
@@ -190,6 +195,12 @@ def test_classifier_rows_by_name(towns, tmp_path):
     with pytest.raises(ValueError, match='none of 8 training identities.*from_centres'):
         CompatibleLoss.from_classifier(kept, tiny_dls(towns[1]))
     with pytest.raises(ValueError, match='0 rows'): CompatibleLoss.from_classifier(reid_model(TinyNet, 0), tiny_dls(towns[0]))
+
+def test_a_classifier_says_nothing_of_the_feature_before_the_neck(towns):
+    old,dls = tiny_model(towns[0]),tiny_dls(towns[0])
+    old.test_on = 'feat'
+    with pytest.raises(ValueError, match="searched by 'feat'.*from_centres"): CompatibleLoss.from_classifier(old, dls)
+    assert CompatibleLoss.from_centres(old, dls, num_workers=0).on=='feat'
 
 def test_centres(towns):
     old,dls = tiny_model(towns[0]),tiny_dls(towns[1])

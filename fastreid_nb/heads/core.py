@@ -30,6 +30,17 @@ class ReIDOut(namedtuple('ReIDOut', 'logits feat emb')):
         def size(o): return list(map(size, o)) if isinstance(o, (list,tuple)) else tuple(getattr(o, 'shape', ())) or o
         return f'ReIDOut({", ".join(f"{k}={size(v)}" for k,v in self._asdict().items())})'
 
+# %% ../../nbs/04_heads.ipynb #f5e09b9d
+def each_tensor(
+    out:ReIDOut, # Outputs; those of part models hold lists
+    fn:callable, # Tensor → tensor
+)->ReIDOut: # `fn` of each tensor; None stays None
+    "Do something to every tensor of the outputs"
+    def apply(o):
+        if isinstance(o, (list,tuple)): return [apply(x) for x in o]
+        return None if o is None else fn(o)
+    return ReIDOut(map(apply, out))
+
 # %% ../../nbs/04_heads.ipynb #a7ec51f2
 def cosine_logits(
     emb:torch.Tensor, # Embeddings, (B,D)

@@ -107,6 +107,9 @@ def from_classifier(cls:CompatibleLoss,
 )->CompatibleLoss: # For the identities of `dls`
     "The influence loss of an old classifier; people that it does not know are left out"
     data_of(dls)   # raises without a table
+    on = getattr(old, 'test_on', 'emb')
+    if on!='emb': raise ValueError(f'the old model is searched by {on!r}, and a classifier describes `emb`: use '
+        'CompatibleLoss.from_centres')
     layer,names = _classifier(old),class_names(dls)
     where = {o:i for i,o in enumerate(getattr(old, 'pid_names', []))}
     row_of = torch.tensor([where.get(o, -1) for o in names])
@@ -190,21 +193,22 @@ def fit(cls:GalleryMap,
 def __call__(self:GalleryMap,
     feats:Features, # By the old model
     path:str|Path=None, # File `.npy` for the result, read back as a memory map; by default it stays in memory
-)->Features: # In the space of the new model, in the precision of `feats`
+)->Features: # In the space of the new model, in the precision of `feats`; a file has float32 for bfloat16
     "Old features as the new model might have made them"
     emb,(width,n_new) = feats.emb,self.weight.shape
     if emb.shape[1]!=width: raise ValueError(f'features of {emb.shape[1]} values for a map of {width} → {n_new}: expected '
         'those of the old model that it was fitted on')
     moved = ((rows, _unit(emb[rows].float())@self.weight+self.shift) for rows in _tiles(emb))
-    if path is not None: return Features(_to_disk(moved, Path(path), (len(emb),n_new)), feats.df, feats.protocol)
+    kind = np.float16 if emb.dtype==torch.float16 else np.float32
+    if path is not None: return Features(_to_disk(moved, Path(path), (len(emb),n_new), kind), feats.df, feats.protocol)
     out = torch.empty(len(emb), n_new, dtype=emb.dtype)
     for rows,part in moved: out[rows] = part.to(out.dtype)
     return Features(out, feats.df, feats.protocol)
 
-def _to_disk(blocks, path, shape):
+def _to_disk(blocks, path, shape, kind):
     "Write blocks of rows to one file, which appears when it is complete"
     with atomic_path(path) as part:
-        out = np.lib.format.open_memmap(part, 'w+', np.float32, shape)
+        out = np.lib.format.open_memmap(part, 'w+', kind, shape)
         for rows,block in blocks: out[rows] = block.numpy()
         out.flush()
     return np.load(path, mmap_mode='r')

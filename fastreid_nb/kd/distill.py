@@ -8,25 +8,27 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/kd.distill.html.md"""
 __all__ = ['Distill']
 
 # %% ../../nbs/11a_kd.distill.ipynb #000301a
-import zlib
+import operator, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from warnings import warn
 import torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import nn
 from ..data.files import atomic_path, check_number, read_torch
+from ..augment.loaders import PKLoader
 from ..backbone.weights import bare_module
-from ..heads.core import ReIDOut
+from ..heads.core import ReIDOut, each_tensor
 from ..heads.model import ReIDModel, eval_mode
 from ..heads.speed import Speed
 from ..losses.core import ReIDLoss
 from ..train.averages import batch_norms, move_to, tensors_of
 from ..train.checkpoint import load_reid
-from ..train.core import class_names
+from ..train.core import ReIDLearner, class_names
 from ..train.distributed import AcrossProcesses, all_rows
 from ..train.state import _layout
 from ..eval.inference import precision_of
@@ -49,11 +51,15 @@ class Taught(nn.Module):
 
 # %% ../../nbs/11a_kd.distill.ipynb #001101a
 def _check_people(net, dls):
-    "Refuse a teacher whose classes are other people than the training set's"
-    n,names,own = len(getattr(net, 'pids', [])),getattr(net, 'pid_names', []),class_names(dls)
-    if n and n!=len(dls.pids): raise ValueError(f'the teacher has {n} classes, the data {len(dls.pids)} identities: '
-        'expected the same, or terms on embeddings, such as PKT()')
-    odd = [(a,b) for a,b in zip(names, own) if a!=b]
+    "Refuse a teacher whose classes are other people than the training set's: by their names, or else by their numbers"
+    pids,names,own = getattr(net, 'pids', []),getattr(net, 'pid_names', []),class_names(dls)
+    for n in (len(pids),len(names)):
+        if n not in (0,len(dls.pids)): raise ValueError(f'the teacher has {n} classes, the data {len(dls.pids)} identities: '
+            'expected the same, or terms on embeddings, such as PKT()')
+    theirs,ours = (names,own) if len(names) and own else (pids,dls.pids)
+    if not len(theirs): warn('nobody can check that the classes of the teacher are the people of the data: it has neither '
+        'pids nor pid_names')
+    odd = [(a,b) for a,b in zip(theirs, ours) if a!=b]
     if odd: raise ValueError(f'{len(odd)} classes of the teacher are other people than the data has, such as {odd[0][0]} '
         f'for {odd[0][1]}: expected the same identities, or terms on embeddings, such as PKT()')
 
@@ -73,6 +79,8 @@ def _adopt(opt, new):
     group,ids = opt.param_lists[-1],{*map(id, new)}
     group = getattr(group, 'items', group)
     group.extend(new)
+    if not hasattr(opt, 'opt'):   # fastai's own, which knows no new ones when its memory was read back
+        for o in new: opt.state.setdefault(o, {})
     def back():
         group[:] = [o for o in group if id(o) not in ids]
         for o in new: getattr(opt, 'opt', opt).state.pop(o, None)
@@ -113,10 +121,10 @@ class Distill(Callback):
     def before_fit(self):
         self.undo()
         self._check()
-        if self.ema and self.average is None: self.average = deepcopy(bare_module(self.model)).eval()
+        if self.ema: self._begin_average()
         net = next(o for o in self.model.parameters())
         for o in self.teachers: o.to(net.device, memory_format=getattr(torch, _layout(self.model)))
-        self.teacher = [f'{zlib.crc32(_bytes(o)):08x}' for o in self.teachers]   # a setting that a resumed run needs the same
+        self.teacher = [_print_of(o) for o in self.teachers]   # a setting that a resumed run needs the same
         self._join_loss(net.device)
         self._read_large()
 
@@ -128,6 +136,7 @@ class Distill(Callback):
 
 # %% ../../nbs/11a_kd.distill.ipynb #002001a
 def _bytes(net): return b''.join(o.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for o in net.state_dict().values())
+def _print_of(net): return f'{zlib.crc32(_bytes(net)+repr(net.preproc).encode()):08x}'
 
 @patch
 def _check(self:Distill):
@@ -142,6 +151,24 @@ def _check(self:Distill):
     if lost: raise ValueError(f'{type(lost[0]).__name__} was made for another teacher: expected one of those that Distill has')
     if self.folder and (whole or self.train_mode): raise ValueError('cache keeps outputs of teachers in evaluation mode: leave it '
         'out for train_mode, and for terms on feature maps')
+    dl = self.dls.train
+    if self.folder and not isinstance(dl, PKLoader): raise ValueError(f'cache, and the training loader is a '
+        f'{type(dl).__name__}: expected the PKLoader of reid_dls, whose batches come again with the same seed')
+
+# %% ../../nbs/11a_kd.distill.ipynb #ff3f01b3
+def _as_now(nets):
+    "What gives networks the values back that they have now"
+    kept = [[o.clone() for o in tensors_of(net)] for net in nets]
+    def back():
+        for net,values in zip(nets, kept):
+            for a,b in zip(tensors_of(net), values): a.copy_(b)
+    return back
+
+@patch
+def _begin_average(self:Distill):
+    "Begin the moving average where the student is; a trial for a learning rate leaves that of the last fit"
+    was,self.average = self.average,deepcopy(bare_module(self.model)).eval()
+    if hasattr(self.learn, 'lr_finder'): self.home.append(lambda: setattr(self, 'average', was))
 
 # %% ../../nbs/11a_kd.distill.ipynb #002201a
 @patch
@@ -154,6 +181,7 @@ def _join_loss(self:Distill, device):
     own = was.terms if type(was) is ReIDLoss else [was]
     self.learn.loss_func = ReIDLoss(*own, *taught).to(device)
     self.home.append(lambda: setattr(self.learn, 'loss_func', was))
+    if hasattr(self.learn, 'lr_finder'): self.home.append(_as_now(taught))
     new = [p for o in taught for p in o.parameters()]
     if new: self.home.append(_adopt(self.opt, new))
     for o in self.terms:
@@ -188,10 +216,10 @@ def before_batch(self:Distill):
     "Ask the teachers, and give the student its size"
     x,camid = self.xb[0],self.yb[1]
     nets = self.teachers+([self.average] if self.ema else [])
-    kept = self._recall(x) if self.folder else None
-    outs = [self._ask(o, x, camid) for o in nets[len(kept or []):]]
-    if self.folder and kept is None: self.new.append([_packed(o) for o in outs[:len(self.teachers)]])
-    self.said[:] = zip(nets, [*(kept or []), *outs])
+    outs = self._recall(x) if self.folder else []
+    outs += [self._ask(o, x, camid) for o in nets[len(outs):]]
+    if self.folder: self._remember(outs[:len(self.teachers)])
+    self.said[:] = zip(nets, outs)
     if self.small: self.learn.xb = (_fit_size(x, self.small), *self.xb[1:])
 
 # %% ../../nbs/11a_kd.distill.ipynb #002601a
@@ -199,7 +227,7 @@ def before_batch(self:Distill):
 def after_pred(self:Distill):
     "Gather what the teachers of all processes said, where the student's outputs are gathered"
     across = [o for o in self.learn.cbs if isinstance(o, AcrossProcesses) and o.home and o.gather]
-    if across: self.said[:] = [(net,_gathered(o)) for net,o in self.said]
+    if across: self.said[:] = [(net,each_tensor(o, all_rows)) for net,o in self.said]
 
 @patch
 def after_step(self:Distill):
@@ -208,41 +236,43 @@ def after_step(self:Distill):
 
 @patch
 def after_fit(self:Distill):
-    "Give everything back"
-    self.undo()
+    "Give everything back; after a trial for a learning rate the learner does it, when the optimiser has been read back"
+    if not (hasattr(self.learn, 'lr_finder') and isinstance(self.learn, ReIDLearner)): self.undo()
 
 # %% ../../nbs/11a_kd.distill.ipynb #002901a
-def _packed(out): return [[o.cpu() for o in x] if isinstance(x, (list,tuple)) else x.cpu() for x in out]
-def _unpacked(fields, device):
-    def move(x): return [o.to(device) for o in x] if isinstance(x, list) else x.to(device)
-    return ReIDOut(*map(move, fields))
-
-def _gathered(out):
-    "The outputs of all processes, as `AcrossProcesses` gathers the student's"
-    def rows(x): return [all_rows(o) for o in x] if isinstance(x, (list,tuple)) else all_rows(x)
-    return ReIDOut(*map(rows, out))
-
-# %% ../../nbs/11a_kd.distill.ipynb #003001a
 @patch
 def before_train(self:Distill):
     "Begin an epoch of the cache"
-    self.file,self.kept,self.new = None,None,[]
+    self.file,self.kept,self.new = None,[],[]
 
 @patch
-def _recall(self:Distill, x):
-    "What the teachers said of this batch in an earlier run; None if that is not known"
+def _open(self:Distill, pixels):
+    "Read what an earlier run has left of this epoch"
     dl = self.dls.train
-    if self.file is None:
-        of = f'{self.teacher} {precision_of(self.learn)}'.encode()
-        of += dl.plan.tobytes()+x.contiguous().cpu().numpy().tobytes()
-        self.file = Path(self.folder)/f'epoch_{dl._epoch:03d}_{zlib.crc32(of):08x}.pt'
-        if self.file.is_file(): self.kept = read_torch(self.file, 'outputs of a teacher')
-    return None if self.kept is None else [_unpacked(o, x.device) for o in self.kept[self.iter]]
+    of = f'{self.teacher} {precision_of(self.learn)}'.encode()+dl.plan.tobytes()+pixels.tobytes()
+    self.file = Path(self.folder)/f'epoch_{dl._epoch:03d}_{zlib.crc32(of):08x}.pt'
+    if self.file.is_file(): self.kept = read_torch(self.file, 'outputs of a teacher')
+
+# %% ../../nbs/11a_kd.distill.ipynb #003001a
+@patch
+def _recall(self:Distill, x):
+    "What the teachers said of the same pixels in an earlier run; nothing if that is not known"
+    pixels = x.contiguous().cpu().numpy()
+    if self.file is None: self._open(pixels)
+    i,self.sum = len(self.new),zlib.crc32(pixels)
+    self.known = self.kept[i] if i<len(self.kept) and self.kept[i][0]==self.sum else None
+    return [each_tensor(ReIDOut(o), lambda t: t.to(x.device)) for o in self.known[1]] if self.known else []
+
+@patch
+def _remember(self:Distill, outs):
+    "Note what was said of the present batch, with the check sum of its pixels"
+    self.new.append(self.known or (self.sum, [list(each_tensor(o, torch.Tensor.cpu)) for o in outs]))
 
 @patch
 def after_train(self:Distill):
-    "Write what was said, if it is new and the whole epoch"
-    if self.kept is not None or len(self.new)<len(self.dls.train): return
+    "Write what was said, if any of it is new and it is the whole epoch"
+    old = len(self.new)==len(self.kept) and all(map(operator.is_, self.new, self.kept))
+    if old or len(self.new)<len(self.dls.train): return
     with atomic_path(self.file) as tmp: torch.save(self.new, tmp)
 
 # %% ../../nbs/11a_kd.distill.ipynb #003201a

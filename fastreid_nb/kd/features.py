@@ -84,8 +84,8 @@ class Overhaul(nn.Module):
     def attach(self)->callable: # Takes the taps off again
         "Tap both networks; `Distill` does it for the time of a fit"
         used = [h for o in self.taps[0] for h in o.relu._forward_pre_hooks.values()]
-        if any(isinstance(o, _Tap) for o in used): raise ValueError('the student is tapped already: expected one Overhaul '
-            'for a student at a time')
+        if any(o in used for o in self.taps[0]): raise ValueError('this Overhaul is attached already: expected one of its '
+            'own for each teacher')
         hooks = [o.relu.register_forward_pre_hook(o) for taps in self.taps for o in taps]
         def off():
             for o in hooks: o.remove()

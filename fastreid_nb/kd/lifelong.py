@@ -23,8 +23,8 @@ from ..augment.samplers import domain_batches, pk_batches
 from ..heads.core import Classifier
 from ..heads.model import ReIDModel
 from ..train.averages import move_to
-from ..train.checkpoint import class_rows, taken_rows
-from ..train.core import ReIDLearner, class_names, reid_learner
+from ..train.checkpoint import class_rows, same_people, taken_rows
+from ..train.core import ReIDLearner, class_names, names_in, reid_learner
 from ..eval.features import _unit
 from ..eval.inference import device_of, embed_batches
 from ..crossdomain.uda import _class_means, without_classes
@@ -33,8 +33,7 @@ from ..crossdomain.uda import _class_means, without_classes
 def with_more_classes(model, dls, seed=0):
     "A copy of a model whose classifiers have a row for each identity of the loaders; rows of known people stay"
     names = class_names(dls)
-    where = {o:i for i,o in enumerate(getattr(model, 'pid_names', []))}
-    pairs = [(i,where[o]) for i,o in enumerate(names) if o in where]
+    pairs = same_people(names, getattr(model, 'pid_names', []))
     new = without_classes(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -65,9 +64,7 @@ def _check_there(data):
 
 def _named(data):
     "The same data with names in training: the codes of a data set change when it is joined to another"
-    df = data.train
-    names = df.pid_name.where(df.pid_name.notna(), df.pid) if 'pid_name' in df else df.pid
-    return replace(data, train=df.assign(pid_name=names.astype(str)))
+    return replace(data, train=data.train.assign(pid_name=names_in(data.train).astype(str)))
 
 def _shares(data, memory, share):
     "Share of a batch that each data set has"

@@ -16,11 +16,14 @@ from pathlib import Path
 from torch import nn
 from ..data.files import check_number
 from ..data.images import list_images
-from ..augment.loaders import PKLoader, ReIDDataset, ToFloat
+from ..augment.loaders import PKLoader, ReIDDataset
+from ..augment.samplers import for_rank
 from ..pooling.core import full_precision
-from ..heads.core import Classifier, ReIDOut
+from ..heads.core import Classifier, ReIDOut, each_tensor
 from ..heads.model import ReIDModel, eval_mode, plain_tensor
 from ..losses.core import full_digits
+from ..train.distributed import processes
+from ..train.state import pixel_print, table_print
 from .core import SoftKL
 from .distill import Distill, Taught, _fit_size
 
@@ -52,11 +55,7 @@ def _unlabelled_table(images):
     else: df = pd.DataFrame(dict(path=[str(o) for o in images]))
     if not len(df) or 'path' not in df: raise ValueError('no unlabelled images: expected a table with the column path, a '
         'folder, or a list of paths')
-    return df.assign(pid=np.arange(len(df)), camid=0).reset_index(drop=True)
-
-def _cut(out, a, b):
-    "Rows `a` to `b` of all outputs"
-    return ReIDOut(*([o[a:b] for o in x] if isinstance(x, (list,tuple)) else x[a:b] for x in out))
+    return df.assign(pid=np.arange(len(df)), camid=0, dsetid='').reset_index(drop=True)
 
 # %% ../../nbs/11e_kd.semi.ipynb #001801e
 class SSKD(Distill):
@@ -72,6 +71,9 @@ class SSKD(Distill):
         train_mode:bool=False, # As in `Distill`
     ):
         self.soft = SoftKL(temperature)
+        inside = [type(o).__name__ for o in terms if hasattr(o, 'attach')]
+        if inside: raise ValueError(f'{inside[0]} looks into the networks, and SSKD asks a teacher twice in a batch: '
+            'expected terms on outputs, such as SoftKL(); Distill takes the others')
         super().__init__(teacher, *(terms or [self.soft]), ema=ema, train_mode=train_mode)
         if not self.teachers: raise ValueError('SSKD has no teacher: expected a ReIDModel that has learnt from the labelled images')
         self.images = _unlabelled_table(unlabelled)
@@ -91,10 +93,15 @@ class SSKD(Distill):
         return sum(o.shape[1] for o in (emb if isinstance(emb, (list,tuple)) else [emb]))
 
     def before_fit(self):
+        dl,world = self.dls.train,processes()
+        if not isinstance(dl, PKLoader): raise ValueError(f'the training loader is a {type(dl).__name__}: expected the '
+            'PKLoader of reid_dls')
         super().before_fit()
-        dl = self.dls.train
-        self.more = PKLoader(ReIDDataset(self.images, dl.dataset.preproc), self.bs, 1, dl.augs, dl.seed+rank_distrib(),
-            _Shuffled(len(dl)), num_workers=dl.fake_l.num_workers, after_batch=[ToFloat], device=self.dls.device)
+        ds = ReIDDataset(self.images, dl.dataset.preproc)
+        self.unlabelled = f'{table_print(self.images)}, pixels {pixel_print(ds)}'   # a setting, as `teacher` in Distill
+        mine = for_rank(_Shuffled(len(dl)), rank_distrib() if world>1 else 0, world)
+        self.more = PKLoader(ds, self.bs, 1, dl.augs, dl.seed, mine, num_workers=dl.fake_l.num_workers,
+            after_batch=list(dl.after_batch.fs), device=self.dls.device)
         self.batches = None
 
     def before_train(self):
@@ -130,7 +137,7 @@ def before_batch(self:SSKD):
 def after_pred(self:SSKD):
     "Take the outputs of unlabelled images off"
     n = self.n_labelled
-    emb = _cut(self.pred, n, None).emb
+    emb = each_tensor(self.pred, lambda x: x[n:]).emb
     self.aux.emb = torch.cat(emb, 1) if isinstance(emb, (list,tuple)) else emb
-    self.learn.pred = _cut(self.pred, 0, n)
+    self.learn.pred = each_tensor(self.pred, lambda x: x[:n])
     Distill.after_pred(self)

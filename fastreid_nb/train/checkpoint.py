@@ -202,6 +202,14 @@ def taken_rows(
     out[to.to(out.device)] = old[of].to(out)
     return out
 
+def same_people(
+    names:list, # Of the classes of one model
+    others:list, # Of the classes of another
+)->list: # (place in `names`, place in `others`)
+    "Classes of the same identity"
+    where = {o:i for i,o in enumerate(others)}
+    return [(i,where[o]) for i,o in enumerate(names) if o in where]
+
 # %% ../../nbs/06b_train.checkpoint.ipynb #81443abf
 def _pairs(ck, path, names, head):
     "Rows of the model and of the file that belong to the same identity"
@@ -209,9 +217,7 @@ def _pairs(ck, path, names, head):
     if head=='drop': return []
     if head=='match' and not old: raise ValueError(f"{path} does not say who its classes are, so that none can be matched "
         "(versions before 0.0.2 did not write it): expected head='drop', or 'keep' for the same identities")
-    if head=='match':
-        where = {o:i for i,o in enumerate(old)}
-        return [(i,where[o]) for i,o in enumerate(names) if o in where]
+    if head=='match': return same_people(names, old)
     n_old = len(ck['pids'] or old)
     if n_old!=len(names) or old and old!=names: raise ValueError(f"{path} was trained on {n_old} identities, the learner "
         f"has {len(names)}, and they are not the same: expected head='match' or head='drop'")

@@ -113,15 +113,19 @@ def check_monitor(
     raise ValueError(f"{type(cb).__name__}: monitor={cb.monitor!r}: {why}; monitor 'mAP' or 'rank-1' (of {known})")
 
 # %% ../../nbs/06_train.ipynb #2118262d
+def names_in(
+    df, # Rows of a split
+): # Series: `pid_name`, and the number where there is none
+    "What the people of a table are called"
+    return df.pid_name.where(df.pid_name.notna(), df.pid) if 'pid_name' in df else df.pid
+
 def class_names(
     dls:DataLoaders, # From `reid_dls`
 )->list: # One text for each of `dls.pids`; none where the loaders have no table
     "Data set and name of each identity in training"
     if not hasattr(dls, 'data'): return []
-    df = dls.data.train.drop_duplicates('pid').set_index('pid').loc[list(dls.pids)]
-    codes = df.index.to_series()
-    names = df.pid_name.where(df.pid_name.notna(), codes) if 'pid_name' in df else codes
-    return [f'{a}/{b}' for a,b in zip(df.dsetid, names)]
+    df = dls.data.train.drop_duplicates('pid').set_index('pid', drop=False).loc[list(dls.pids)]
+    return [f'{a}/{b}' for a,b in zip(df.dsetid, names_in(df))]
 
 # %% ../../nbs/06_train.ipynb #8de56028
 class ReIDLearner(Learner):

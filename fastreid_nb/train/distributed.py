@@ -22,7 +22,7 @@ from torch import nn
 from ..augment.loaders import plain_dl
 from ..augment.samplers import for_rank
 from ..data.files import check_number
-from ..heads.core import ReIDOut
+from ..heads.core import each_tensor
 
 # %% ../../nbs/06j_train.distributed.ipynb #df4c2544
 def join_processes(
@@ -134,13 +134,13 @@ class AcrossProcesses(Callback):
     def before_fit(self):
         self.undo()
         if processes()==1 or hasattr(self.learn, 'lr_finder'): return
-        self._same_start()
+        nets = [o for o in (self.model,self.loss_func) if isinstance(o, nn.Module)]
+        self._same_start(nets)
         self._own_identities(self.dls.train)
-        if self.sync_bn: self.home.append(sync_norms(self.model))
+        if self.sync_bn: self.home += map(sync_norms, nets)
         if dist.get_rank(): self.learn.logger = noop
 
-    def _same_start(self):
-        nets = [o for o in (self.model,self.loss_func) if isinstance(o, nn.Module)]
+    def _same_start(self, nets):
         for o in nets:
             for t in [*o.parameters(), *o.buffers()]: dist.broadcast(t.data, 0)
 
@@ -153,12 +153,8 @@ class AcrossProcesses(Callback):
 
     def after_pred(self):
         if not self.home or not self.training or not self.gather: return
-        self.learn.pred = ReIDOut(*(self._all(o) for o in self.pred))
+        self.learn.pred = each_tensor(self.pred, AllRows.apply)
         self.learn.yb = tuple(all_rows(o) for o in self.yb)
-
-    def _all(self, x):
-        if isinstance(x, (list,tuple)): return [self._all(o) for o in x]
-        return None if x is None else AllRows.apply(x)
 
     def before_step(self):
         if not self.home: return
