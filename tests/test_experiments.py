@@ -182,7 +182,7 @@ needs = dict(with_norm='{fn: with_norm, backbone: resnet18}', haa='{fn: haa, bac
 @pytest.mark.parametrize('kind', where)
 def test_every_name_is_within_reach(kind, learner, monkeypatch):
     "Each public backbone, pooling, head, model, loss, sampler, … of the library can be set and is made by `check`"
-    exp = Experiment.load('toy_small', base)
+    exp = Experiment.load('toy_small', [*base, 'epochs=3'])
     if kind not in ('backbone','pool','head','model'): monkeypatch.setattr('fastreid_nb.recipes.build._dummy_model', lambda exp: None)
     monkeypatch.setattr('fastreid_nb.kd.distill.load_reid', lambda path: learner.model)
     for o in names_of(kind):

@@ -11,7 +11,7 @@ from fastreid_nb.losses.focal import AdaptiveCrossEntropy, FocalCrossEntropy
 from fastreid_nb.losses.margins import ArcFace, CircleSoftmax, CosFace, arcface_logits, circle_logits, cosface_logits
 from fastreid_nb.losses.memory import CenterLoss, CentroidLoss, Centroids, FeatureQueue, QueueLoss
 from fastreid_nb.losses.mixes import agw_loss, competition_loss, mgn_loss, sbs_loss
-from fastreid_nb.losses.pairs import ContrastiveLoss, QuadrupletLoss, TripletLoss, pair_dist
+from fastreid_nb.losses.pairs import ContrastiveLoss, QuadrupletLoss, TripletLoss, batch_hard_triplet, pair_dist
 from fastreid_nb.losses.similarity import PairwiseCircle, PairwiseCosFace, unified_loss
 
 n_pids,n_feat = 6,8

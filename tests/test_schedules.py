@@ -156,7 +156,7 @@ def test_values_that_the_term_would_refuse(dls, term, name, ends):
     l = reid_learner(dls, TinyNet, loss=ReIDLoss(term), dtype=torch.float32)
     attr = 'eps' if name=='ce' else 'margin'
     was,rng = getattr(term, attr),torch.get_rng_state()
-    with pytest.raises(ValueError, match=f'{name}.{attr} after '), l.no_bar(), l.no_logging(): l.fit(1, 1e-3, cbs=SchedLoss(f'{name}.{attr}', SchedLin(*ends)))
+    with pytest.raises(ValueError, match=f'{name}.{attr} becomes '), l.no_bar(), l.no_logging(): l.fit(1, 1e-3, cbs=SchedLoss(f'{name}.{attr}', SchedLin(*ends)))
     assert getattr(term, attr)==was and torch.equal(torch.get_rng_state(), rng) and l.opt is None or l.train_iter==0
 
 def test_a_straight_line_in_two_numbers(learn):
