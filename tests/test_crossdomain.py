@@ -325,9 +325,9 @@ def test_no_mechanism_is_idle(start, cities):
     hard.soft_ce = hard.soft_tri = 0
     found['mmt, hard'] = train(hard)
     found['mlt, one granularity'] = train(MLT(ks=[6]))
-    trusting = SpCL(min_samples=2)
-    trusting.gap = 0
-    found['spcl, trusts everybody'] = train(trusting)
+    picky = SpCL(min_samples=2)
+    picky.gap = .3   # on these images thresholds .02 apart find the same clusters
+    found['spcl, trusts fewer'] = train(picky)
     for a,b in combinations(found, 2): assert not torch.equal(found[a], found[b]), f'{a} and {b} are the same'
 
 def test_students_listen_to_each_other(start, cities):
