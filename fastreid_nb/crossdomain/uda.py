@@ -51,6 +51,7 @@ def _plain_rows(data, first_cam):
     df = data.train[[o for o in (*split_columns,'image',*box_columns) if o in data.train]]
     return df.assign(camid=pd.factorize(df.camid, sort=True)[0]+first_cam)
 
+# %% ../../nbs/10c_crossdomain.uda.ipynb #ac47b7f1
 def _real_keys(df):
     "The keys of images under their real paths, whatever links lead there"
     return set(image_keys(df.assign(path=[os.path.realpath(o) for o in df.path])))
