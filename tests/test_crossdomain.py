@@ -1,22 +1,29 @@
 "New cities: pseudo-labels against scikit-learn and loops, sorted crops, and systems that never see a label"
 from copy import deepcopy
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
+from PIL import Image
 from scipy.sparse import csr_matrix
 from sklearn.cluster import DBSCAN
 from sklearn.metrics import adjusted_rand_score
 from torch import nn
-from fastreid_nb.crossdomain.cluster import Clusters, _joined_by, _rebuilt, cluster_folder
+from fastreid_nb.crossdomain.adapt import adapt_folder
+from fastreid_nb.crossdomain.cluster import Clusters, _joined_by, _rebuilt, cluster_features, cluster_folder
 from fastreid_nb.crossdomain.generalise import CameraStyle, mix_style
 from fastreid_nb.crossdomain.pseudo import PairGraph, _circular, kmeans_labels, label_quality
-from fastreid_nb.crossdomain.systems import MLT, MMT, SpCL, _overlap, sinkhorn
+from fastreid_nb.crossdomain.systems import MLT, MMT, SpCL, _overlap, column_gains, sinkhorn
 from fastreid_nb.crossdomain.uda import UDA, DomainNorm, StrongUDA, UDABatches, uda_learner
 from fastreid_nb.data.own import from_csv
+from fastreid_nb.data.preproc import Preproc
 from fastreid_nb.data.toy import ToyCity, toy_cities, toy_camera, toy_person, toy_photo, toy_reid
+from fastreid_nb.eval.extract import extract
+from fastreid_nb.eval.features import Features
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.rerank.core import rerank_dist
+from fastreid_nb.train.checkpoint import load_reid
 from fastreid_nb.train.resume import Resumable
 from tiny_models import TinyNet
 
@@ -115,6 +122,21 @@ def test_equal_images():
     graph = PairGraph(torch.ones(50, 8))
     for labels in (graph.dbscan(), graph.circular(), graph.hdbscan()): assert (labels==0).all()
 
+def test_hdbscan_of_pieces():
+    "Two groups that touch, one group, and three pieces of three images, fewer than a cluster; a piece has no say in another"
+    sizes = [6,6,7,3,3,3]
+    group = np.repeat(range(6), sizes)
+    d = np.where(group[:,None]==group, .2+.1*np.random.default_rng(0).random((28,28)), 0)
+    d[5,6] = d[6,5] = .8
+    np.fill_diagonal(d, 0)
+    def labels(rows):
+        graph = PairGraph(torch.eye(len(rows)))
+        graph.D = csr_matrix(np.maximum(d, d.T)[np.ix_(rows, rows)].astype(np.float32))
+        return graph.hdbscan(4)
+    whole = labels(np.arange(28))
+    assert adjusted_rand_score(group[:19], whole[:19])==1 and (whole[:19]>=0).all() and (whole[19:]==-1).all()
+    for gone in (group==2,group>2): assert adjusted_rand_score(whole[~gone], labels(np.flatnonzero(~gone)))==1
+
 def test_bad_graph():
     with pytest.raises(ValueError, match='NaN'): PairGraph(torch.full((4,3), torch.nan))
     with pytest.raises(ValueError, match='expected 1 to 3'): kmeans_labels(torch.eye(3), 4)
@@ -145,22 +167,108 @@ def test_clusters_round_trip(tmp_path):
     page = found.to_html(tmp_path/'c.html').read_text()
     assert '<i>' not in page and 'new 1' in page and '%23%3F.jpg' in page
 
-def test_cluster_folder_goes_on(tmp_path, data):
-    "The second call reads the features of the first; an image that changed is another folder"
-    import shutil
-    crops = tmp_path/'crops'
-    crops.mkdir()
-    for o in data.train.path[:12]: shutil.copy(o, crops)
-    torch.manual_seed(0)
-    model = reid_model(TinyNet, 0).eval()
-    model.preproc = type(model.preproc)((32,16))
-    kw = dict(num_workers=0, progress=False)
-    a = cluster_folder(model, crops, tmp_path/'out', **kw)
-    stamp = (tmp_path/'out'/'features'/'emb.npy').stat().st_mtime_ns
-    b = cluster_folder(model, crops, tmp_path/'out', **kw)
-    assert (tmp_path/'out'/'features'/'emb.npy').stat().st_mtime_ns==stamp and a.df.pid.equals(b.df.pid)
-    shutil.copy(data.train.path[20], crops/'new.jpg')
-    with pytest.raises(ValueError, match='give a new folder'): cluster_folder(model, crops, tmp_path/'out', **kw)
+def test_known_people_tracks_and_frames():
+    "Random tracks and frames: a track has one name, and in a frame nobody is two crops unless these are one track"
+    x,pids = drawn(np.random.default_rng(7), 12)
+    first = pd.Series(pids).drop_duplicates().index[:4]
+    gallery = Features(x[first], pd.DataFrame(dict(pid=pids[first], pid_name=['ann','bob','cy','dee'])))
+    rest = np.setdiff1d(np.arange(len(x)), first)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        df = pd.DataFrame(dict(pid=pids[rest], camid=0, trackid=rng.integers(-1, 8, len(rest)), frame=rng.integers(0, 6, len(rest))))
+        df.loc[rng.random(len(df))<.7,'trackid'] = -1
+        names = cluster_features(Features(x[rest], df), gallery).df.pid
+        assert names.isin(['ann','bob','cy','dee']).any() and names.str.startswith('new').any()
+        on = df.trackid>=0
+        assert (names[on].groupby(df.trackid[on]).nunique()==1).all()
+        unit = np.where(on, df.trackid, 100+df.index)
+        crops = pd.DataFrame(dict(name=names, frame=df.frame, unit=unit))[names!='-1'].drop_duplicates()
+        assert not crops.duplicated(['name','frame']).any()
+
+def test_the_nearest_keeps_the_name():
+    "Of two crops of a frame that are near to a known person the nearer one has the name"
+    x,pids = drawn(np.random.default_rng(8), 8, .3)
+    gallery = Features(x[:1], pd.DataFrame(dict(pid=[0], pid_name='ann')))
+    mine = np.flatnonzero(pids==0)[1:]
+    df = pd.DataFrame(dict(pid=pids[1:], camid=0))
+    named = lambda df: (cluster_features(Features(x[1:], df), gallery, dist='cosine').df.pid=='ann').to_numpy()
+    assert named(df)[mine-1].all()
+    far = 1-torch.cosine_similarity(x[mine], x[:1]).numpy()
+    got = named(df.assign(frame=np.where(df.index.isin(mine-1), 1, -1)))[mine-1]
+    assert got.sum()==1 and got[far.argmin()]
+
+class Stripes(nn.Module):
+    "Mean colours of six stripes; counts the images that it sees"
+    preproc,seen,fail_at = Preproc((24,12)),0,None
+    def forward(self, x):
+        if self.fail_at is not None and self.seen>=self.fail_at: raise RuntimeError('killed')
+        self.seen += len(x)
+        return nn.functional.adaptive_avg_pool2d(x, (6,1)).flatten(1)-.5
+
+@pytest.fixture
+def painted(tmp_path):
+    "A folder of six painted people, five crops each, and a folder of two that are known; files tell frame and track"
+    rng = np.random.default_rng(0)
+    for who,name in enumerate('ann bob cy dee eve fay'.split()):
+        coat = rng.integers(30, 225, (6,1,3))
+        for i in range(7):
+            path = tmp_path/'known'/name if i<2 else tmp_path/'crops'
+            if i<2 and who>1: continue
+            path.mkdir(parents=True, exist_ok=True)
+            shade = (coat+rng.normal(0, 6, (6,1,3))).clip(0, 255).repeat(4, 0).repeat(12, 1)
+            frame,track = (2 if who==0 and i<4 else 10*who+i),(7 if (who,i) in ((2,5),(3,5)) else -1)
+            Image.fromarray(shade.astype(np.uint8)).save(path/f'{name}_t{track}_f{frame}_{i}.png')
+    return tmp_path
+
+quiet = dict(num_workers=0, progress=False)
+
+def test_cluster_folder_with_known_people(painted):
+    "Names come from the folders; a frame forces two crops of one person apart, and a track two people together"
+    names = lambda **kw: cluster_folder(Stripes(), painted/'crops', painted/f'out{len(kw)}', painted/'known', **kw, **quiet).df
+    who = lambda df: df.path.map(lambda o: Path(o).name.split('_')[0])
+    free = names()
+    assert (free.pid[who(free)=='ann']=='ann').all() and (free.pid[who(free)=='bob']=='bob').all()
+    assert free.groupby(who(free)).pid.nunique().eq(1).all() and free.pid.nunique()==6
+    tied = names(regex=r'_t(?P<trackid>-?\d+)_f(?P<frame>\d+)_')
+    assert (tied.pid[who(tied)=='ann']=='ann').sum()==4
+    assert tied.pid[tied.trackid.astype(str)=='7'].nunique()==1
+
+def test_cluster_folder_known_must_be_folders(painted):
+    net = Stripes()
+    with pytest.raises(ValueError, match='a folder for each known'):
+        cluster_folder(net, painted/'crops', painted/'out', painted/'crops', **quiet)
+    assert net.seen==0
+
+@pytest.mark.parametrize('kw', [dict(eps=0), dict(min_samples=0), dict(dist='manhattan'), dict(eps=1.), dict(most=3)])
+def test_cluster_folder_reads_its_options_first(painted, kw):
+    "A bad option is refused before an image is embedded"
+    net = Stripes()
+    with pytest.raises(ValueError, match=next(iter(kw))): cluster_folder(net, painted/'crops', painted/'out', **kw, **quiet)
+    assert net.seen==0 and not (painted/'out').exists()
+
+def test_cluster_folder_goes_on(painted, monkeypatch):
+    "Killed after half of the crops, a second call embeds the other half only; an image that changed is another folder"
+    monkeypatch.setattr('fastreid_nb.crossdomain.cluster.extract', partial(extract, bs=5, shard=5))
+    whole,net = cluster_folder(Stripes(), painted/'crops', painted/'whole', **quiet),Stripes()
+    net.fail_at = 15
+    with pytest.raises(RuntimeError, match='killed'): cluster_folder(net, painted/'crops', painted/'out', **quiet)
+    net = Stripes()
+    again = cluster_folder(net, painted/'crops', painted/'out', **quiet)
+    assert 0<net.seen<30 and again.df.pid.equals(whole.df.pid)
+    cluster_folder(net, painted/'crops', painted/'out', **quiet)
+    assert net.seen<30
+    Image.new('RGB', (12,24)).save(painted/'crops'/'new.png')
+    with pytest.raises(ValueError, match='give a new folder'): cluster_folder(Stripes(), painted/'crops', painted/'out', **quiet)
+
+def test_reid_cluster_with_timm(painted, monkeypatch, capsys):
+    "The command takes a network of timm; here without its weights, which would be downloaded"
+    pytest.importorskip('timm')
+    from fastreid_nb.backbone import timmnets
+    from fastreid_nb.recipes import use
+    create = timmnets._create
+    monkeypatch.setattr(timmnets, '_create', lambda name, pretrained, **kw: create(name, False, **kw))
+    use.reid_cluster(painted/'crops', 'timm/resnet10t', size='64x32', workers=0, out=painted/'out', pattern=r'_f(?P<frame>\d+)_')
+    assert 'identities' in capsys.readouterr().out and len(pd.read_csv(painted/'out'/'clusters.csv'))==30
 
 ## Systems
 
@@ -216,29 +324,77 @@ def test_no_mechanism_is_idle(start, cities):
     hard = MMT(min_samples=2)
     hard.soft_ce = hard.soft_tri = 0
     found['mmt, hard'] = train(hard)
+    found['mlt, one granularity'] = train(MLT(ks=[6]))
+    picky = SpCL(min_samples=2)
+    picky.gap = .3   # on these images thresholds .02 apart find the same clusters
+    found['spcl, trusts fewer'] = train(picky)
     for a,b in combinations(found, 2): assert not torch.equal(found[a], found[b]), f'{a} and {b} are the same'
 
-def test_target_with_images_of_the_source(start, cities):
-    source,target = cities
-    with pytest.raises(ValueError, match='also in'): uda_learner(start, source, StrongUDA(), source)
+def test_students_listen_to_each_other(start, cities):
+    "The terms of a student change with what the teacher of the other says, and not with what its own says"
+    class Ask(Callback):
+        def after_pred(self):
+            if not self.training: return
+            system,pid = self.learn.mmt,self.learn.mmt.labels[self.yb[0]]
+            memory = deepcopy(system.memory)
+            def told(i, j):
+                said = system.taught()
+                if j is not None: [o[j].copy_(o[j].flip(0)) for o in (said.feat,said.emb)]
+                system.memory = deepcopy(memory)
+                return sum(o.item() for o in system._one(i, self.pred, said, pid).values())
+            with torch.no_grad(): Ask.got = {(i,j):told(i, j) for i in (0,1) for j in (None,0,1)}
+            system.memory = memory
+    learn = adapt(start, MMT(min_samples=2), cities[1], n=1, cbs=[Ask()])
+    for i in (0,1): assert Ask.got[i,i]==Ask.got[i,None]!=Ask.got[i,1-i]
 
-def test_one_camera_and_no_test(start, cities):
+def test_target_with_images_of_the_source(start, cities, tmp_path):
+    "Under whatever path, and in query and gallery too"
+    source,target = cities
+    refused = lambda target: pytest.raises(ValueError, match='also in')
+    with refused(source): uda_learner(start, source, StrongUDA(), source)
+    (tmp_path/'link').symlink_to(Path(source.train.path[0]).parent)
+    linked = deepcopy(target)
+    linked.train.loc[0,'path'] = str(tmp_path/'link'/Path(source.train.path[0]).name)
+    with refused(linked): uda_learner(start, linked, StrongUDA(), source)
+    for part in ('query','gallery'):
+        tested = deepcopy(target)
+        getattr(tested, part).iloc[0,getattr(tested, part).columns.get_loc('path')] = source.train.path[0]
+        with refused(tested): uda_learner(start, tested, StrongUDA(), source)
+
+def test_one_camera_and_no_test(start, cities, capsys):
     "A target of one camera without query and gallery; given labels are ignored, and that is said"
     target = deepcopy(cities[1])
     target.train['camid'],target.query,target.gallery = 0,target.query[:0],target.gallery[:0]
     learn = adapt(start, UDA(min_samples=2, by_camera=True), target)
-    assert any('not used' in o for o in learn.dls.data.notes)
+    assert any('not used' in o for o in learn.dls.data.notes) and 'labels in the training table' in capsys.readouterr().out
 
 def test_all_noise_falls_back(start, cities):
     "A threshold that leaves everybody in the noise: the circular search takes over"
     learn = adapt(start, UDA(eps=1e-6, min_samples=50), cities[1], n=1)
     assert learn.uda.labels.max()>=1
 
+@pytest.mark.parametrize('make', [MMT,MLT])
+def test_first_teacher(make, start, cities):
+    "A model of the same kind is where the teacher starts, with a source and without, whatever wraps the student"
+    torch.manual_seed(1)
+    other = reid_model(TinyNet, 4)
+    class Look(Callback):
+        order = 100
+        def before_train(self): Look.got = [o.clone() for o in getattr(self.learn, make.__name__.lower()).teacher.parameters()]
+    kw = dict(ks=[3,6]) if make is MLT else dict(min_samples=2)
+    for source in (None,cities[0]):
+        learn = adapt(start, make(teacher=other, **kw), cities[1], source, n=1, cbs=[Look()])
+        assert torch.equal(Look.got[0], next(other.parameters())) and len(Look.got)==len(list(learn.model.parameters()))
+    if make is MMT:
+        adapt(start, MMT(min_samples=2, teacher=[other,start]), cities[1], n=1, cbs=[Look()])
+        assert torch.equal(Look.got[len(Look.got)//2], next(start.parameters()))
+
 def test_teacher_of_another_architecture(start, cities):
     class Wide(TinyNet):
         n_feat = 16
         def __init__(self): nn.Sequential.__init__(self, nn.Conv2d(3, 16, 3, 4, 1), nn.BatchNorm2d(16))
-    with pytest.raises(ValueError, match='another architecture'): adapt(start, MMT(teacher=reid_model(Wide, 6)), cities[1])
+    for system,source in ((MMT,None),(MLT,cities[0])):
+        with pytest.raises(ValueError, match='another architecture'): adapt(start, system(teacher=reid_model(Wide, 6)), cities[1], source)
 
 @pytest.mark.parametrize('shape', [(30,5),(64,64),(200,7)])
 def test_sinkhorn_marginals(shape):
@@ -247,6 +403,20 @@ def test_sinkhorn_marginals(shape):
     n,k = shape
     assert (n*plan.sum(1)-1).abs().max()<1e-4 and (k*plan.sum(0)-1).abs().max()<1e-2
     assert not torch.equal(plan.argmax(1), scores.argmax(1))
+
+def test_plan_of_mlt_is_balanced(start, cities):
+    "At its own scale, and with enough iterations, the columns of the plan over the queue have equal sums; with its own number the error does not grow"
+    class Many(MLT): n_iters = 5000
+    class Look(Callback):
+        order = 100
+        def after_pred(self):
+            if not self.training: return
+            system = self.learn.many
+            off = lambda scores,gains: ((scores+gains).softmax(1).mean(0)*scores.shape[1]-1).abs().max().item()
+            scores = [system._scores(system.queue.feats, g) for g in range(3)]
+            Look.off = [(off(o, 0.), off(o, column_gains(o, MLT.n_iters)), off(o, column_gains(o, Many.n_iters))) for o in scores]
+    adapt(start, Many(ks=[4,8,12]), cities[1], cities[0], cbs=[Look()])
+    for none,few,many in Look.off: assert many<1e-2 and few<=none+1e-3, Look.off
 
 def test_overlap_against_sets():
     rng = np.random.default_rng(0)
@@ -273,6 +443,31 @@ def test_domain_norm_is_two_norms():
     ours.n_source = 6
     assert torch.allclose(ours(x), torch.cat([a(x[:6]),b(x[6:])]))
     assert torch.allclose(ours.eval()(x), b.eval()(x))
+
+## A folder to adapt to
+
+def test_adapt_folder_goes_on(start, cities, tmp_path):
+    "Killed in its second epoch and resumed, it leaves the weights of a whole run; other crops are refused"
+    import shutil
+    crops = tmp_path/'crops'
+    crops.mkdir()
+    for i,o in enumerate(cities[1].train.path): shutil.copy(o, crops/f'{i:03d}.jpg')
+    kw = dict(epochs=2, p=4, k=2, n_iters=2, num_workers=0, augs=[], dtype=torch.float32)
+    run = lambda out, **more: adapt_folder(start, crops, tmp_path/out, MMT(min_samples=2), cbs=[Kill()], **kw, **more)
+    Kill.on = False
+    run('whole')
+    Kill.on = True
+    for out in ('stopped','other'):
+        with pytest.raises(Killed): run(out)
+    Kill.on = False
+    with pytest.raises(ValueError, match='resume=True goes on'): run('stopped')
+    run('stopped', resume=True)
+    a,b = (load_reid(tmp_path/o/'model.pt', reid_model(TinyNet, 0)).state_dict() for o in ('whole','stopped'))
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(o.name for o in (tmp_path/'stopped').iterdir())==['labels','model.pt']
+    shutil.copy(cities[0].train.path[0], crops/'new.jpg')
+    with pytest.raises(ValueError, match='other settings'): run('other', resume=True)
+    assert not (tmp_path/'other'/'model.pt').exists()
 
 ## Generalisation
 

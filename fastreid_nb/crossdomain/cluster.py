@@ -40,9 +40,10 @@ def _joined_by(labels, tracks):
 # %% ../../nbs/10b_crossdomain.cluster.ipynb #2fd02ac0
 def _rebuilt(pairs, frames, groups):
     "Group of each image, when `pairs` (i,j), nearest first, join groups that share no frame"
-    home,seen = list(groups),{}
-    for i,g in enumerate(home): seen.setdefault(g, set()).update({frames[i]}-{-1})
-    inside = {g:[i for i,o in enumerate(home) if o==g] for g in seen}
+    home,seen,inside = list(groups),{},{}
+    for i,g in enumerate(home):
+        seen.setdefault(g, set()).update({frames[i]}-{-1})
+        inside.setdefault(g, []).append(i)
     for i,j in pairs:
         a,b = home[i],home[j]
         if a==b or seen[a] & seen[b]: continue
@@ -68,14 +69,17 @@ def _conflicts(labels, frames):
     twice = pd.DataFrame(dict(c=labels[some], f=frames[some])).duplicated()
     return np.unique(labels[some][twice.to_numpy()])
 
+def _units(tracks):
+    "What is not taken apart, as numbers: a track, or an image without one"
+    return np.where(tracks>=0, tracks, tracks.max(initial=-1)+1+np.arange(len(tracks)))
+
 def _kept_apart(graph, labels, eps, frames, tracks):
     "Labels without two images of one frame in a cluster, unless a track says so"
     D,labels = _within(graph.D, eps),labels.copy()
     for c in _conflicts(labels, frames):
         rows = np.flatnonzero(labels==c)
-        alone = np.arange(len(rows))+1+tracks.max(initial=0)
-        groups = np.where(tracks[rows]>=0, tracks[rows], alone)
-        new = _in_order(_rebuilt(_near_pairs(D, rows, graph.same), frames[rows].tolist(), groups.tolist()))
+        pairs,groups = _near_pairs(D, rows, graph.same),_units(tracks[rows])
+        new = _in_order(_rebuilt(pairs, frames[rows].tolist(), groups.tolist()))
         lone = np.bincount(new)[new]==1
         labels[rows] = np.where(lone, -1, labels.max()+1+new)
     return _in_order(labels)
@@ -115,35 +119,43 @@ def _names(labels, prefix=''):
 
 def _labels(graph, df, eps, min_samples):
     "Clusters of a graph that respect tracks and frames of the table"
-    tracks,frames = (_codes_of(df, o) for o in ('trackid','frame'))
+    tracks,frames = _codes_of(df, 'trackid'),_codes_of(df, 'frame')
     labels = graph.dbscan(eps, min_samples)
     if (tracks>=0).any(): labels = _joined_by(labels, tracks)
     return _kept_apart(graph, labels, eps, frames, tracks) if (frames>=0).any() else labels
 
 # %% ../../nbs/10b_crossdomain.cluster.ipynb #0f4c69fb
-def _nearest_known(graph, n_known, eps):
-    "For each image after the first `n_known` the nearest of these within `eps`; -1 for none"
-    D,same = _within(graph.D, eps),graph.same
-    first = {}
-    for i,node in enumerate(same[:n_known].tolist()): first.setdefault(node, i)
-    found = np.full(len(same)-n_known, -1)
-    for i,node in enumerate(same[n_known:].tolist()):
-        if node in first:
-            found[i] = first[node]
-            continue
-        cols = D.indices[D.indptr[node]:D.indptr[node+1]]
-        dists = D.data[D.indptr[node]:D.indptr[node+1]]
-        known = [(d,first[c]) for d,c in zip(dists.tolist(), cols.tolist()) if c in first]
-        if known: found[i] = min(known)[1]
-    return found
+def _known_pairs(graph, who, eps):
+    "Pairs (image, person) of the graph within `eps`, nearest first; its first images show the people `who`"
+    n,D = len(who),_within(graph.D, eps)
+    person = np.full(len(graph.count), -1)
+    person[graph.same[:n][::-1]] = who[::-1]   # of equal known images the first one counts
+    near,own = D[graph.same[n:]].tocoo(),person[graph.same[n:]]
+    known,copies = person[near.col]>=0,np.flatnonzero(own>=0)
+    image,found = np.r_[copies,near.row[known]],np.r_[own[copies],person[near.col[known]]]
+    order = np.lexsort((image,np.r_[np.zeros(len(copies)),near.data[known]]))
+    return list(zip(image[order].tolist(), found[order].tolist()))
 
+def _named(pairs, units, frames):
+    "Person of each image, -1 for none: a unit has one, and a person is in a frame as one unit"
+    seen,taken,found = {},set(),{}
+    for o,f in zip(units, frames): seen.setdefault(o, set()).update({f}-{-1})
+    for i,p in pairs:
+        o = units[i]
+        if o in found or any((p,f) in taken for f in seen[o]): continue
+        found[o] = p
+        taken.update((p,f) for f in seen[o])
+    return np.array([found.get(o, -1) for o in units])
+
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #b7c5db63
 def _anchored(feats, gallery, eps, min_samples, kwargs):
     "Names of images, of which some are known from a gallery; and the threshold"
     graph = PairGraph(torch.cat([gallery.emb.float(),feats.emb.float()]), **kwargs)
     eps = graph.find_eps(min_samples) if eps is None else graph._check_eps(eps)
-    who = gallery.df.pid_name if 'pid_name' in gallery.df else gallery.df.pid
-    known = _nearest_known(graph, len(gallery), eps)
-    names = np.where(known>=0, who.astype(str).to_numpy(object)[known], '-1')
+    who,people = pd.factorize((gallery.df.pid_name if 'pid_name' in gallery.df else gallery.df.pid).astype(str))
+    tracks,frames = _codes_of(feats.df, 'trackid'),_codes_of(feats.df, 'frame')
+    known = _named(_known_pairs(graph, who, eps), _units(tracks).tolist(), frames.tolist())
+    names = np.where(known>=0, np.asarray(people, object)[known], '-1')
     rest = np.flatnonzero(known<0)
     if len(rest)>1:
         own = PairGraph(feats.emb[rest], **kwargs)
@@ -234,6 +246,12 @@ def _known_df(folder):
     return pd.DataFrame(dict(path=[os.path.join(folder, o) for o in names], pid=pd.factorize(np.array(who))[0], camid=0,
         pid_name=who))
 
+# %% ../../nbs/10b_crossdomain.cluster.ipynb #a652e1a6
+def _try_options(df, people, kwargs):
+    "Refuse what `cluster_features` would refuse, before anything is embedded"
+    one = lambda o: None if o is None else Features(torch.ones(1, 2), o[:1])
+    cluster_features(one(df), one(people), **kwargs)
+
 # %% ../../nbs/10b_crossdomain.cluster.ipynb #1708b584
 def cluster_folder(
     model:nn.Module, # (B,3,H,W) → (B,D) in evaluation mode, with a `preproc`; any `ReIDModel`
@@ -247,10 +265,11 @@ def cluster_folder(
 )->Clusters: # The same as in the files
     "Sort a folder of crops into identities; goes on where it was stopped"
     out,how = Path(out),dict(num_workers=num_workers, progress=progress, skip_bad=True)
-    df = _folder_df(folder, regex, 'crops')
-    gallery = extract(model, _known_df(known), out/'known', **how) if known else None
+    df,people = _folder_df(folder, regex, 'crops'),_known_df(known) if known else None
+    _try_options(df, people, kwargs)
+    gallery = None if people is None else extract(model, people, out/'known', **how)
     feats = extract(model, df, out/'features', **how)
-    found = cluster_features(feats, gallery, **kwargs)
+    found = cluster_features(feats, gallery, progress=progress, **kwargs)
     if len(feats)<len(df): found.notes.append(f'{len(df)-len(feats)} images cannot be read and were left out')
     found.to_csv(out/'clusters.csv')
     found.to_html(out/'clusters.html')

@@ -10,10 +10,11 @@ __all__ = ['PairGraph', 'kmeans_labels', 'label_quality']
 # %% ../../nbs/10a_crossdomain.pseudo.ipynb #5d44d7f7
 import numpy as np, pandas as pd, torch, warnings
 from fastcore.basics import patch
+from fastprogress.fastprogress import progress_bar
 from matplotlib.axes import Axes
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
-from ..data.files import check_choice, check_number
+from ..data.files import check_choice, check_number, has_screen
 from ..eval.features import _as_tensor, _unit, cosine_dist
 from ..eval.neighbours import Neighbours
 from ..rerank.core import _Graph, _half, _mean_rows, _overlaps, _sets, _squared, _weights
@@ -27,11 +28,12 @@ def _neighbourhoods(nn, x, k1, k2):
     V = _weights(sets, farthest.clamp_min(1e-6).square().cpu().numpy())
     return _mean_rows(V, idx[:,:k2].cpu().numpy()) if k2>1 else V
 
-def _jaccard_pairs(V, most):
+def _jaccard_pairs(V, most, progress=False):
     "Jaccard distances up to `most` between different rows of `V`, sparse (N,N)"
     inverted,least = V.tocsc(),2*(1-most)/(2-most)
-    cols,dists = [],[]
-    for i,(a,b) in enumerate(zip(V.indptr, V.indptr[1:])):
+    cols,dists,rows = [],[],range(V.shape[0])
+    for i in progress_bar(rows, leave=False) if progress and has_screen() else rows:
+        a,b = V.indptr[i:i+2]
         s = _overlaps(V.indices[a:b], V.data[a:b], inverted)
         s[i] = 0
         near = np.flatnonzero(s>least)
@@ -76,6 +78,7 @@ class PairGraph:
         camids=None, # Camera of each image, (N,); the mean of each camera is subtracted
         source='exact', # Of neighbours, as in `Neighbours`
         device:str|torch.device=None, # Where to search; by default where the features are
+        progress:bool=False, # Show a bar while 'jaccard' compares neighbourhoods, where there is a screen?
     ):
         x = _as_tensor(getattr(feats, 'emb', feats))
         if x.ndim!=2 or not x.numel():
@@ -86,13 +89,13 @@ class PairGraph:
         first,self.same = _distinct(x)
         self.count = np.bincount(self.same)
         self.D = self._pairs(x if len(first)==len(x) else x[first], check_number('k2', k2, 1, whole=True), source,
-            device)
+            device, progress)
 
-    def _pairs(self, x, k2, source, device):
+    def _pairs(self, x, k2, source, device, progress):
         nn,k1 = Neighbours(x, source, cosine_dist, device),min(self.k1, max(2, len(x)//4), len(x)-1)
         if k1==0: return csr_matrix((1,1), dtype=np.float32)
         if self.dist=='cosine': return _cosine_pairs(nn, nn.x, k1)
-        return _jaccard_pairs(_neighbourhoods(nn, nn.x, k1, min(k2, k1+1)), self.most)
+        return _jaccard_pairs(_neighbourhoods(nn, nn.x, k1, min(k2, k1+1)), self.most, progress)
 
     def __len__(self): return len(self.same)
     def __repr__(self):
@@ -172,6 +175,7 @@ def sweep(self:PairGraph,
     n:int=17, # Thresholds, 3 or more
 )->pd.DataFrame: # A row for each eps: clusters, noise (share), largest (share), silhouette
     "DBSCAN at a row of thresholds"
+    check_number('min_samples', min_samples, 1, whole=True)
     check_number('n', n, 3, whole=True)
     top = self.most if self.dist=='jaccard' else np.quantile(self.D.data, .99) if self.D.nnz else 1
     rows = [self._try(eps, min_samples) for eps in np.linspace(top/n, top, n)]
@@ -252,19 +256,27 @@ def _bridged(D, n_next):
     ring = ring.maximum(ring.T)
     return (D+ring-ring.multiply(D>0)).tocsr()
 
+def _in_pieces(labels, D, min_size):
+    "Labels whose clusters lie in one piece of the graph each; what is then smaller than `min_size` is noise"
+    piece,some = connected_components(D, directed=False)[1],labels>=0
+    new = np.full(len(labels), -1)
+    new[some] = pd.factorize(labels[some].astype(np.int64)*len(labels)+piece[some])[0]
+    size = np.bincount(new[some], minlength=1)
+    return _in_order(np.where(some & (size[new]>=min_size), new, -1))
+
 # %% ../../nbs/10a_crossdomain.pseudo.ipynb #189e2369
 @patch
 def hdbscan(self:PairGraph,
     min_size:int=4, # Images of the smallest cluster, 2 or more
 )->np.ndarray: # (N,) cluster of each image, from 0; -1 is noise
-    "Clusters of any density, component by component; copies of an image count as one"
+    "Clusters of any density, none across two components of the graph; copies of an image count as one"
     from sklearn.cluster import HDBSCAN
     check_number('min_size', min_size, 2, whole=True)
     if len(self.count)<=min_size: return _in_order(np.where(self.count[self.same]>1, self.same, -1))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         found = HDBSCAN(min_cluster_size=min_size, metric='precomputed').fit(_bridged(self.D, min_size))
-    return _in_order(found.labels_)[self.same]
+    return _in_pieces(found.labels_, self.D, min_size)[self.same]
 
 # %% ../../nbs/10a_crossdomain.pseudo.ipynb #95f0c027
 def kmeans_labels(

@@ -28,7 +28,10 @@ from .uda import StrongUDA, UDA, _class_means, domain_norms, without_classes
 class MeanTeacherUDA(StrongUDA):
     "Keeps a mean teacher, which is clustered and scored and stays at the end"
     decay = .999
-    def __init__(self, *args, teacher=None, **kwargs):
+    def __init__(self, *args, # Of `UDA`
+        teacher=None, # Model whose weights the teacher starts from, of the student's architecture; by default the student's own
+        **kwargs, # Of `UDA`
+    ):
         super().__init__(*args, **kwargs)
         self.first_teacher = teacher
 
@@ -53,13 +56,15 @@ class MeanTeacherUDA(StrongUDA):
 
     def after_step(self):
         self.n_steps += 1
-        move_to(*self.pair, 1-min(self.decay, 1-1/(self.n_steps+1)))
+        early = 1-1/(self.n_steps+1) if self.first_teacher is None else 1.
+        move_to(*self.pair, 1-min(self.decay, early))
 
 # %% ../../nbs/10d_crossdomain.systems.ipynb #e95dc7de
 @patch
 def _start_from(self:MeanTeacherUDA, teacher):
-    "Give the mean teacher other weights than the student's"
-    mine,theirs = (dict(o.named_parameters())|dict(o.named_buffers()) for o in (self.teacher,without_classes(teacher)))
+    "Give the mean teacher other weights than the student's: those of a model that is wrapped as the student was"
+    other = self.prepare(teacher, self.dls.domains.n_source>0)
+    mine,theirs = (dict(o.named_parameters())|dict(o.named_buffers()) for o in (self.teacher,other))
     odd = sorted(k for k in mine.keys() | theirs.keys()
         if k not in mine or k not in theirs or mine[k].shape!=theirs[k].shape)
     if odd:
@@ -190,6 +195,7 @@ def _trusted(labels, tight, loose, least=None):
 class SpCL(StrongUDA):
     "Self-paced contrastive learning: one memory of source classes, clusters and single images"
     gap = .02   # between the three thresholds
+    hows = 'dbscan',   # which has thresholds
     def before_fit(self):
         super().before_fit()
         self.least = None
@@ -283,7 +289,7 @@ def sinkhorn(
 # %% ../../nbs/10d_crossdomain.systems.ipynb #0673ad63
 class MLT(MeanTeacherUDA):
     "Mixture label transport: k-means at several granularities, labels refined by a balanced plan of the teacher's predictions"
-    sharp,n_queue,refine_every,many = 25,8192,10,True
+    sharp,n_queue,refine_every,n_iters,many = 25,8192,10,30,True
     def __init__(self, *args, # Of `UDA`
         ks:list=None, # Clusters of each granularity; by default a 24th, 12th and 6th of the images
         refine:float=.5, # Share of the label that the plan gives, in [0,1]; 0 leaves the clusters as they are
@@ -345,7 +351,7 @@ def _refresh(self:MLT, x, at):
     "Put the batch into the queue, and now and then balance the clusters anew"
     self.queue.add(x, at)
     if self.refine and (self.gains is None or self.n_steps%self.refine_every==0):
-        self.gains = [column_gains(self._scores(self.queue.feats, g)) for g in range(len(self.grains))]
+        self.gains = [column_gains(self._scores(self.queue.feats, g), self.n_iters) for g in range(len(self.grains))]
 
 @patch
 def terms(self:MLT,

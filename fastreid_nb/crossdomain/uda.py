@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/crossdomain.uda.html.md"""
 __all__ = ['DomainNorm', 'UDA', 'uda_learner', 'StrongUDA']
 
 # %% ../../nbs/10c_crossdomain.uda.ipynb #4e3d9c48
-import numpy as np, pandas as pd, torch
+import numpy as np, os, pandas as pd, torch
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -51,12 +51,19 @@ def _plain_rows(data, first_cam):
     df = data.train[[o for o in (*split_columns,'image',*box_columns) if o in data.train]]
     return df.assign(camid=pd.factorize(df.camid, sort=True)[0]+first_cam)
 
+# %% ../../nbs/10c_crossdomain.uda.ipynb #ac47b7f1
+def _real_keys(df):
+    "The keys of images under their real paths, whatever links lead there"
+    return set(image_keys(df.assign(path=[os.path.realpath(o) for o in df.path])))
+
 def _check_apart(source, target):
-    "Refuse a target that holds images of the source"
-    both = set(image_keys(source.train)) & set(image_keys(target.train))
-    if both and 'image' not in target.train:
-        raise ValueError(f'{len(both)} training images of {target.name!r} are also in '
-        f'{source.name!r}, such as {sorted(both)[0]}: expected a target without images of the source')
+    "Refuse a target that holds training images of the source, for training or for the test"
+    if 'image' in target.train: return
+    known = _real_keys(source.train)
+    for name,df in target.splits.items():
+        both = known & _real_keys(df)
+        if both: raise ValueError(f'{len(both)} images in {name} of {target.name!r} are also in the training images of '
+            f'{source.name!r}, such as {sorted(both)[0]}: expected a target without images of the source')
 
 # %% ../../nbs/10c_crossdomain.uda.ipynb #4d095b05
 def _domains(source, target):
@@ -159,6 +166,7 @@ def _not_enough(labels, n):
 class UDA(Callback):
     "Before an epoch cluster the target's images, in the epoch train on the clusters by triplets"
     order,run_valid,uses_source,split,teacher = -30,False,False,False,None
+    hows = 'dbscan','circular','hdbscan'
     def __init__(self,
         folder:str|Path=None, # Where labels_000.csv and so on are written, one for each clustering; by default nowhere
         every:int=1, # Cluster every so many epochs
@@ -169,8 +177,7 @@ class UDA(Callback):
         dist:str='jaccard', # Distance of `PairGraph`; 'cosine' for few images of each identity
         how:str='dbscan', # Method of `PairGraph` that clusters: 'dbscan', 'circular' or 'hdbscan'
     ):
-        self.how,self.dist = check_choice('how', how, ('dbscan','circular','hdbscan')),check_choice('dist', dist,
-            ('jaccard','cosine'))
+        self.how,self.dist = check_choice('how', how, self.hows),check_choice('dist', dist, ('jaccard','cosine'))
         for name,val in dict(every=every, min_samples=min_samples, k1=k1).items():
             check_number(name, val, 1, whole=True)
         top = .9 if dist=='jaccard' else 2
@@ -304,7 +311,8 @@ def _uda_dls(target, source, preproc, p, k, n_iters, **kwargs):
     "Loaders over the rows of both domains, and whether there is a test"
     doms,given = _domains(source, target),int((target.train.pid>=0).sum())
     q,g,tested = _scored(target)
-    note = [f'{given} labels in the training table of the target are not used']*(given>0)
+    note = [f'{given} labels in the training table of {target.name!r} are not used']*(given>0)
+    for o in note: print(o)
     data = ReIDData(target.name, doms.table, q, g, target.protocol if tested else None, note)
     p_source = p//2 if source is not None else 0
     n = n_iters or max(1, len(doms.part(False))//((p-p_source)*k))

@@ -149,6 +149,8 @@ def reid_adapt(
     p:int=16, # Clusters in a batch
     k:int=4, # Images of each
     min_samples:int=4, # Images that make a cluster; 2 where everybody has two images
+    eps:float=None, # Threshold of the distance, up to 0.9 (2 for cosine); by default chosen by a rule in every epoch
+    how:str='dbscan', # Or circular, for two images of each identity, or hdbscan; mmt only
     dist:str='jaccard', # Or cosine, for two or three images of each identity
     by_camera:bool=False, # Subtract the mean of each camera before clustering?
     seed:int=0, # Of the batches
@@ -161,9 +163,9 @@ def reid_adapt(
     check_options(locals())
     must_exist(path)
     if system not in _systems: raise ValueError(f'system {system!r}: expected one of {", ".join(_systems)}')
+    made = _systems[system](eps=eps, min_samples=min_samples, by_camera=by_camera, dist=dist, how=how)
     data = read_data(source, test_frac=0).check(progress=has_screen()) if source else None
-    how = _systems[system](min_samples=min_samples, by_camera=by_camera, dist=dist)
-    adapt_folder(open_model(checkpoint, backbone, size), path, _writable(out), how, data, epochs, lr, p, k, pattern,
+    adapt_folder(open_model(checkpoint, backbone, size), path, _writable(out), made, data, epochs, lr, p, k, pattern,
         num_workers=workers, seed=seed, resume=resume, dtype=_precisions[precision])
     _say(f'checkpoint    {Path(out)/"model.pt"}', f'labels        {Path(out)/"labels"}')
 
