@@ -11,8 +11,8 @@ from toy_runs import Rows
 tiny = os.environ.get('KD')=='tiny'
 rows = Rows(Path(__file__).with_name('kd_tiny.csv' if tiny else 'kd.csv'), ('setting','run','seed'), ('held_out','test','rank1','minutes','ms'))
 n_ids = int(os.environ.get('KD_IDS', 6 if tiny else 64))
-stages = [int(o) for o in os.environ.get('KD_TEACHER', '4,3,3' if tiny else '14,8,3').split(',')]
-n_epoch = int(os.environ.get('KD_STUDENT', 1 if tiny else 20))
+stages = [int(o) for o in os.environ.get('KD_TEACHER', '4,3,3' if tiny else '36,20,4').split(',')]
+n_epoch = int(os.environ.get('KD_STUDENT', 1 if tiny else 8))
 cast = float(os.environ.get('KD_CAST', 1.6))
 sizes = [(32,16),(48,24),(64,32)] if tiny else [(64,32),(128,64),(256,128)]
 small = tuple(int(o) for o in os.environ.get('KD_SMALL', '32,16' if tiny else '128,64').split(','))
