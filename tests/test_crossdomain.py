@@ -405,18 +405,16 @@ def test_sinkhorn_marginals(shape):
     assert not torch.equal(plan.argmax(1), scores.argmax(1))
 
 def test_plan_of_mlt_is_balanced(start, cities):
-    "At its own scale, and with enough iterations, the columns of the plan over the queue have equal sums; with its own number the error does not grow"
-    class Many(MLT): n_iters = 5000
+    "At its own settings the columns of the plan over the queue have equal sums"
     class Look(Callback):
         order = 100
         def after_pred(self):
             if not self.training: return
-            system = self.learn.many
-            off = lambda scores,gains: ((scores+gains).softmax(1).mean(0)*scores.shape[1]-1).abs().max().item()
+            system = self.learn.mlt
             scores = [system._scores(system.queue.feats, g) for g in range(3)]
-            Look.off = [(off(o, 0.), off(o, column_gains(o, MLT.n_iters)), off(o, column_gains(o, Many.n_iters))) for o in scores]
-    adapt(start, Many(ks=[4,8,12]), cities[1], cities[0], cbs=[Look()])
-    for none,few,many in Look.off: assert many<1e-2 and few<=none+1e-3, Look.off
+            Look.off = [((o+column_gains(o, system.n_iters)).softmax(1).mean(0)*o.shape[1]-1).abs().max().item() for o in scores]
+    adapt(start, MLT(ks=[4,8,12]), cities[1], cities[0], cbs=[Look()])
+    assert max(Look.off)<1e-2, Look.off
 
 def test_overlap_against_sets():
     rng = np.random.default_rng(0)

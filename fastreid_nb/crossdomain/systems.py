@@ -289,7 +289,7 @@ def sinkhorn(
 # %% ../../nbs/10d_crossdomain.systems.ipynb #0673ad63
 class MLT(MeanTeacherUDA):
     "Mixture label transport: k-means at several granularities, labels refined by a balanced plan of the teacher's predictions"
-    sharp,n_queue,refine_every,n_iters,many = 25,8192,10,30,True
+    sharp,n_queue,refine_every,n_iters,many = 1,8192,10,100,True
     def __init__(self, *args, # Of `UDA`
         ks:list=None, # Clusters of each granularity; by default a 24th, 12th and 6th of the images
         refine:float=.5, # Share of the label that the plan gives, in [0,1]; 0 leaves the clusters as they are
