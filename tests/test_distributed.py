@@ -3,10 +3,11 @@
 All of it in one pair of processes, because most of their time goes into starting."""
 import json, os, subprocess, sys, time
 
-import fresh, pytest
+import fresh, pytest, torch
 from fastreid_nb.recipes.ledger import Ledger
 
 script = fresh.small+'''
+from fastai.callback.training import GradientClip
 from fastreid_nb.train.distributed import AllRows, processes
 
 rank = int(os.environ.get('RANK', 0))
@@ -18,6 +19,14 @@ class Dies(Callback):
 data = toy_reid(folder, n_ids=23, size=(64,32), progress=False)
 dls = reid_dls(data, (64,32), p, 4, augs=[], num_workers=0, val_bs=20)
 note,res = Note(),{}
+torch.manual_seed(0)
+learn = reid_learner(dls, tiny, dtype=torch.float32).across_processes(minutes=1)
+torch.save([o.emb for o in learn.features(progress=False)], f'{out}{rank}.pt')
+queue = ReIDLoss(CrossEntropy(.1), QueueLoss(32, 64, on='feat'))
+learn = reid_learner(dls, tiny, loss=queue, dtype=torch.float32).across_processes(minutes=1)
+dls.train.epoch = 0
+with learn.no_bar(), learn.no_logging(): learn.fit(2, 3e-3, cbs=[note, GradientClip(.5)])
+res['queue'] = dict(losses=note.seen, filled=learn.loss_func['queue'].queue.feats.norm(dim=1).tolist())
 for name,kw in dict(all={}, own_triplets=dict(gather=False)).items():
     learn = reid_learner(dls, tiny, dtype=torch.float32).across_processes(minutes=1, **kw)
     dls.train.epoch = 0
@@ -40,8 +49,39 @@ if processes()>1:
     with learn.no_bar(), learn.no_logging(): learn.fit(3, cbs=Dies())
 '''
 
-def start(tmp, name, p, **env):
-    return fresh.Fresh(tmp/f'{name}{env.get("RANK", "")}.txt', script, tmp/'toy', p, tmp/name, **env)
+# Two processes train; the same again, and both are killed in the middle of an epoch; two others go on
+killed = fresh.small+'''
+from fastai.callback.training import GradientClip
+rank = int(os.environ['RANK'])
+
+class Dies(Callback):
+    order = 100   # after Resumable
+    def after_batch(self):
+        if dying and self.train_iter==5: os._exit(9)
+
+data = toy_reid(folder, n_ids=23, size=(64,32), progress=False)
+def learner():
+    torch.manual_seed(0)
+    dls = reid_dls(data, (64,32), p, 4, num_workers=0, seed=3)
+    loss = ReIDLoss(CrossEntropy(.1), QueueLoss(32, 64, on='feat'))
+    return reid_learner(dls, tiny, loss=loss, dtype=torch.float32).across_processes(minutes=1)
+def fit(name, **kw):
+    learn = learner()
+    with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(3, 3e-3, cbs=[GradientClip(.5), Resumable(f'{out}_{name}', every_iters=2, **kw), Dies()])
+    return dict(model=learn.model.state_dict(), loss=learn.loss_func.state_dict())
+again,dying = os.path.isdir(f'{out}_killed'),False
+torch.distributed.init_process_group('gloo')
+torch.save(fit('killed', resume=True) if again else fit('whole'), f'{out}_{"resumed" if again else "whole"}{rank}.pt')
+dying = True
+if not again: fit('killed')
+'''
+
+def start(tmp, name, p, code=script, **env):
+    return fresh.Fresh(tmp/f'{name}{env.get("RANK", "")}.txt', code, tmp/'toy', p, tmp/name, **env)
+
+def start_pair(tmp, name, code=script):
+    net = fresh.meeting()
+    return [start(tmp, name, 4, code, RANK=str(r), LOCAL_RANK=str(r), **net) for r in range(2)]
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
@@ -49,8 +89,7 @@ def runs(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('dist')
     alone = start(tmp, 'one', 8)
     assert alone.wait(300)==0, alone.text
-    net = fresh.meeting()
-    pair = [start(tmp, 'two', 4, RANK=str(r), LOCAL_RANK=str(r), **net) for r in range(2)]
+    pair = start_pair(tmp, 'two')
     codes = [pair[1].wait(300)]
     died = time.monotonic()
     codes.insert(0, pair[0].wait(100))
@@ -65,6 +104,27 @@ def test_two_learn_what_one_learns(runs):
         assert two['losses']==pytest.approx(one['losses'], rel=1e-4)
         assert two['mAP']==pytest.approx(one['mAP'], abs=1e-4)
         for k in ('mean','var','weight'): assert two[k]==pytest.approx(one[k], rel=1e-2, abs=2e-4), k
+
+def test_features_are_those_of_one_process(runs):
+    one = torch.load(runs['folder']/'one0.pt')
+    for rank in range(2):
+        for a,b in zip(torch.load(runs['folder']/f'two{rank}.pt'), one): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+def test_a_queue_and_clipped_gradients_in_two_processes(runs):
+    "Every process keeps the features of both, so that the queue fills as in one"
+    one = runs['one']['queue']
+    for two in (o['queue'] for o in runs['two']):
+        assert two['losses']==pytest.approx(one['losses'], rel=1e-3)
+        assert two['filled']==pytest.approx(one['filled'], abs=1e-5) and sum(two['filled'])>60
+
+def test_two_killed_processes_go_on(tmp_path):
+    for code in (9,0):
+        for o in start_pair(tmp_path, 'run', killed): assert o.wait(300)==code, o.text
+    read = lambda name: torch.load(tmp_path/f'run_{name}.pt')
+    for rank in range(2):
+        whole,resumed = read(f'whole{rank}'),read(f'resumed{rank}')
+        for part in ('model','loss'):
+            for k,v in whole[part].items(): assert torch.equal(v, resumed[part][k]), k
 
 def test_all_processes_hold_the_same_weights(runs):
     for name in ('all','own_triplets'):
