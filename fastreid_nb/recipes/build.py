@@ -219,8 +219,12 @@ def learner(self:Experiment,
     if model is None: model = self.model(len(dls.pids))
     model.experiment,model.pids = dict(self.values, hash=self.hash),list(dls.pids)
     if self['compile']: model.compile()
-    return reid_learner(dls, model=model, loss=self.loss(model), opt_func=called(self['optim.func'], 'opt'),
+    learn = reid_learner(dls, model=model, loss=self.loss(model), opt_func=called(self['optim.func'], 'opt'),
         lr=self['optim.lr'], wd=self['optim.wd'], dtype=_dtypes[self['precision']], cbs=[*_callbacks(self), *L(cbs)], **kwargs)
+    if self['head']=='drop': return learn
+    n = learn.load_reid(Path(self['weights']).expanduser(), self['head'])
+    print(f'{self["weights"]}: the classifiers of {n} of {len(dls.pids)} identities were taken over')
+    return learn
 
 # %% ../../nbs/15a_recipes.build.ipynb #dbb558e7
 @patch
@@ -305,5 +309,7 @@ def check(self:Experiment)->Experiment: # Itself
     _check_precision(self)
     with _Where('optim'): called(self['optim.func'], 'opt')([nn.Parameter(torch.zeros(1))], lr=self['optim.lr'])
     weights = self['weights']
+    if weights in ('imagenet','none') and self['head']!='drop': raise ValueError(
+        f'head={self["head"]!r} with weights={weights!r}: there are no identities to {self["head"]}; expected a file of weights')
     if weights in ('imagenet','none') or Path(weights).expanduser().is_file(): return self
     raise ValueError(f'weights={weights!r}: expected imagenet, none, or a file, and there is no such file')

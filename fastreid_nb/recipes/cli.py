@@ -60,7 +60,7 @@ def reid_demo(
         _run(learn, out, partial(learn.fit_warmup_cos, epochs, lr))
 
 # %% ../../nbs/15j_recipes.cli.ipynb #2f934850
-_options = dict(backbone='model.backbone', weights='weights', epochs='epochs', lr='optim.lr', freeze_iters='freeze_iters',
+_options = dict(backbone='model.backbone', weights='weights', head='head', epochs='epochs', lr='optim.lr', freeze_iters='freeze_iters',
     size='preproc.size', p='sampler.p', k='sampler.k', seed='seed', workers='workers', precision='precision', compile='compile',
     skip_bad='data.skip_bad', regex='data.train.regex', test_frac='data.train.test_frac')
 
@@ -98,6 +98,7 @@ def reid_train(
     set:_changes=None, # Changes of it, such as optim.lr=1e-3 loss.triplet.margin=0.2
     backbone:str='', # Network such as osnet:ain or timm/NAME; by default as the experiment says, or a file
     weights:str='', # Starting weights: imagenet (downloaded), none (from scratch), or a file
+    head:str='', # Classifiers of a file of weights: drop (default), match by the names of the identities, or keep
     epochs:int=None, # Epochs
     lr:float=None, # Highest learning rate
     freeze_iters:int=None, # Iterations for which the backbone is left alone

@@ -79,6 +79,16 @@ class DistSettings:
     minutes:float=10. # Of waiting for another process; not part of the hash
     def __post_init__(self): check_number('dist.minutes', self.minutes, 0)
 
+@dataclass
+class SaveSettings:
+    epochs:int|None=1 # Write the state after so many epochs; null not by epochs
+    minutes:float|None=10. # And when so many minutes have passed; null not by minutes
+    keep:int=2 # States that are kept, the newest
+    def __post_init__(self):
+        for k in ('epochs','keep'):
+            if k=='keep' or self.epochs is not None: check_number(f'save.{k}', getattr(self, k), 1)
+        if self.minutes is not None: check_number('save.minutes', self.minutes, 0)
+
 # %% ../../nbs/15_recipes.ipynb #3422ca97
 _precisions = 'auto','float32','bfloat16','float16'
 
@@ -93,6 +103,7 @@ class Settings:
     sampler:SamplerSettings=None
     model:Names('model')='reid_model' # Network
     weights:str='imagenet' # What it starts from: imagenet, none, or a file
+    head:str='drop' # Classifiers of such a file: drop, match by the names of the identities, or keep
     loss:dict=None # Term to call, or a call
     optim:OptimSettings=None
     schedule:Names('schedule')='fit_warmup_cos' # How the learning rate moves
@@ -103,6 +114,7 @@ class Settings:
     compile:bool=False # Compile the network?
     dist:DistSettings=None # What several processes share; without effect in one
     eval:EvalSettings=None
+    save:SaveSettings=None # States to go on from; not part of the hash
     seed:int=0 # Of weights, batches and augmentation
     workers:int=None # Processes that read images; not part of the hash
     published:dict=None # The result that this recipe aims at; not part of the hash
@@ -130,6 +142,7 @@ def check_settings(
     for k in ('epochs','freeze_iters','seed','workers'):
         if res[k] is not None: check_number(k, res[k], int(k=='epochs'), 2**32-1)
     check_choice('precision', res['precision'], _precisions)
+    check_choice('head', res['head'], ('drop','match','keep'))
     return res
 
 # %% ../../nbs/15_recipes.ipynb #e0adbaf7
@@ -179,8 +192,8 @@ def with_bases(
     return merge(res, {k:v for k,v in values.items() if k not in ('base','hash')})
 
 # %% ../../nbs/15_recipes.ipynb #d57f8331
-_unhashed = ('name',),('data','root'),('workers',),('published',),('tune',),('dist','minutes')
-_later = {('compile',):False, ('dist','sync_bn'):True, ('dist','gather'):True} # with these values the hash is that of before
+_unhashed = ('name',),('data','root'),('workers',),('published',),('tune',),('dist','minutes'),('save',)
+_later = {('compile',):False, ('head',):'drop', ('dist','sync_bn'):True, ('dist','gather'):True} # with these values the hash is that of before
 
 def _usual(o):
     "Numbers in one form"

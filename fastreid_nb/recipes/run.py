@@ -311,10 +311,11 @@ def saved_experiment(
     if state_files(Path(folder)/'run'): return Path(folder)/'experiment.yml'
     raise ValueError(f'{folder} holds no run that could go on: expected the folder of a `reid train` that was killed (option --resume)')
 
-def _states(folder, resume, force):
+def _states(exp, folder, resume, force):
     if resume: saved_experiment(folder)
     elif not rank_distrib(): shutil.rmtree(folder/'run', ignore_errors=True)
-    return Resumable(folder/'run', every_minutes=10, resume=resume, force=force)
+    often = dict(every_epochs=exp['save.epochs'], every_minutes=exp['save.minutes'], keep=exp['save.keep'])
+    return Resumable(folder/'run', **often, resume=resume, force=force)
 
 # %% ../../nbs/15e_recipes.run.ipynb #d336e67e
 def _save(exp, folder):
@@ -361,7 +362,7 @@ def run_experiment(
 )->ReIDResult: # Scores on the first test set, or on held-out identities
     "Run an experiment; leave the model, the experiment, ranked lists and a line in the ledger"
     with shared_folder(out, overwrite or resume) as folder:
-        going = _states(folder, resume, force)
+        going = _states(exp, folder, resume, force)
         loggers = log_callbacks(log, folder)
         data,others,net = _start(exp, root, model)
         _say(f'experiment {exp}', '')
