@@ -6,7 +6,9 @@ from fastcore.basics import noop
 from torch import nn
 from tiny_models import TinyNet, tiny_dls
 from fastreid_nb.augment.core import hflip, pad_crop
+from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.backbone.resnet import resnet18
+from fastreid_nb.backbone.timmnets import timm_backbone
 from fastreid_nb.heads.core import BNNeckHead, LinearHead, ReductionHead
 from fastreid_nb.heads.model import reid_model
 from fastreid_nb.heads.parts import pcb
@@ -145,3 +147,13 @@ def test_feature_model_shares_the_head(dls):
     x = torch.rand(3,3,32,16)
     with torch.no_grad(): assert torch.allclose(FeatureModel(model).eval()(model.pool(model.fmap(x))), model(x), atol=1e-6)
     assert FeatureModel(model).head is model.head
+
+def test_a_network_of_timm(data):
+    "Heads on its cached features learn what they learn behind the frozen network"
+    pytest.importorskip('timm')
+    dls = reid_dls(data, (64,32), p=3, k=4, augs=[], num_workers=0)
+    slow,fast = (learner(dls, partial(timm_backbone, 'mobilenetv3_small_050', pretrained=False), pool=GlobalAvgPool) for _ in range(2))
+    slow.fit_warmup_cos(1, 1e-2, freeze_iters=10**6)
+    fast.fit_head(1, 1e-2, flip=False)
+    a,b = (o.model.head.classifier.weight.cpu() for o in (slow,fast))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
