@@ -9,11 +9,17 @@ from fastreid_nb.heads.model import plain_tensor
 n_steps = 2 # of each way in a round
 
 class Stamps(Callback):
-    "When each step of the training ended"
+    "When each step of the training ended, and how long the next batch was waited for"
     order = 90
-    def before_fit(self): self.times = []
+    def before_fit(self): self.times,self.waits = [],[]
+    def before_batch(self):
+        if self.training and self.times: self.waits.append(time.perf_counter()-self.times[-1])
     def after_batch(self):
         if self.training: self.times.append(time.perf_counter())
+
+    def waiting(self):
+        "Share of the time between the first step and the last"
+        return sum(self.waits)/(self.times[-1]-self.times[0])
 
 def loaders(bs):
     "Toy people, drawn once, read as in any training; an epoch is one step to warm up and those that count"
@@ -83,6 +89,7 @@ def main(
         for k,v in times.items(): rows[k].append(v)
         ratios.append(min(times[o] for o in bare)/times['Learner'])
         print(f'round: Learner {times["Learner"]:.2f} s a step, fastest bare loop {min(times[o] for o in bare):.2f}', flush=True)
+    print(f'waiting for data: {stamps.waiting():.1%} of the time of the last round')
     for k,v in rows.items(): print(f'{k}: {16/st.median(v):.2f} images/s (median of {len(v)} rounds)')
     compiled(dls, learn, stamps)
     value = st.median(ratios)

@@ -122,6 +122,14 @@ def test_two_triplets(dls):
     loss = ReIDLoss(TripletLoss(.3), TripletLoss(.5, on='emb'))
     stops('triplet1 has stayed at 0.3', dls, WatchTriplet(every=1), net=Blind, loss=loss)
 
+def test_rank_of_parts(dls):
+    "One part that collapsed is found among others, and named"
+    class Half(Callback):
+        order,run_valid = 40,False
+        def after_pred(self): self.learn.pred = type(self.pred)(self.pred.logits, [self.pred.feat, 0*self.pred.feat+1], self.pred.emb)
+    one = lambda out, pid, camid: out.logits.float().square().mean()
+    stops(r'\(output 1 of 2\) have an effective rank of 1.00', dls, WatchRank(every=1), Half(), loss=one)
+
 def test_rank(dls):
     stops('collapsed to a point', dls, WatchRank(every=1), net=Blind, loss=ReIDLoss(CrossEntropy()))
     cb = WatchRank(every=1)

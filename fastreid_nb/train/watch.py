@@ -108,7 +108,7 @@ def effective_rank(
 
 # %% ../../nbs/06e_train.watch.ipynb #a760f820
 class WatchRank(Watch):
-    "Stops when the features of a batch use fewer than `least` directions; all ranks are in `ranks`"
+    "Stops when the features of a batch use fewer than `least` directions; the ranks, of parts the smallest, are in `ranks`"
     def __init__(self,
         least:float=1.5, # Smallest effective rank of a batch that is no collapse, above 1
         on:str='feat', # What is measured: 'feat' before the neck or 'emb' after it
@@ -125,10 +125,12 @@ class WatchRank(Watch):
 
     def diagnose(self, rows):
         x = getattr(self.pred, self.on)
-        x = torch.cat(x, 1) if isinstance(x, (list,tuple)) else x
-        self.ranks.append(effective_rank(F.normalize(x.float(), dim=1)).item())
-        if self.ranks[-1]<self.least: return (f'the features of {len(x)} images have an effective rank of '
-            f'{self.ranks[-1]:.2f}: they collapsed to a point; try a longer warm-up, a lower lr or a soft-margin triplet')
+        xs = x if isinstance(x, (list,tuple)) else [x]
+        ranks = [effective_rank(F.normalize(o.float(), dim=1)).item() for o in xs]
+        self.ranks.append(min(ranks))
+        where = f' (output {ranks.index(min(ranks))} of {len(xs)})' if len(xs)>1 else ''
+        if min(ranks)<self.least: return (f'the features of {len(xs[0])} images{where} have an effective rank of '
+            f'{min(ranks):.2f}: they collapsed to a point; try a longer warm-up, a lower lr or a soft-margin triplet')
 
 # %% ../../nbs/06e_train.watch.ipynb #4436fe17
 class WatchTriplet(Watch):
