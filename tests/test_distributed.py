@@ -27,6 +27,13 @@ learn = reid_learner(dls, tiny, loss=queue, dtype=torch.float32).across_processe
 dls.train.epoch = 0
 with learn.no_bar(), learn.no_logging(): learn.fit(2, 3e-3, cbs=[note, GradientClip(.5)])
 res['queue'] = dict(losses=note.seen, filled=learn.loss_func['queue'].queue.feats.norm(dim=1).tolist())
+torch.manual_seed(7)
+teacher = reid_model(tiny, len(dls.pids))
+teacher.preproc,teacher.pids = dls.preproc,list(dls.pids)
+learn = reid_learner(dls, tiny, dtype=torch.float32).across_processes(minutes=1)
+dls.train.epoch = 0
+with learn.no_bar(), learn.no_logging(): learn.fit(2, 3e-3, cbs=[note, Distill(teacher, SoftKL(), PKT())])
+res['taught'] = dict(losses=note.seen)
 for name,kw in dict(all={}, own_triplets=dict(gather=False)).items():
     learn = reid_learner(dls, tiny, dtype=torch.float32).across_processes(minutes=1, **kw)
     dls.train.epoch = 0
@@ -116,6 +123,12 @@ def test_a_queue_and_clipped_gradients_in_two_processes(runs):
     for two in (o['queue'] for o in runs['two']):
         assert two['losses']==pytest.approx(one['losses'], rel=1e-3)
         assert two['filled']==pytest.approx(one['filled'], abs=1e-5) and sum(two['filled'])>60
+
+def test_a_teacher_in_two_processes(runs):
+    "Similarities within a batch are those of the batch of both"
+    one = runs['one']['taught']
+    for two in (o['taught'] for o in runs['two']):
+        assert two['losses']==pytest.approx(one['losses'], rel=1e-3)
 
 def test_two_killed_processes_go_on(tmp_path):
     for code in (9,0):
