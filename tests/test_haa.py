@@ -105,6 +105,15 @@ def test_locator_learns_boxes():
         with torch.no_grad(): errs[name] = corner_mse(loc.eval()(x), box).item()
     assert errs['free']<errs['fixed']/4, errs
 
+def test_a_frozen_locator_stays_as_it_is():
+    model = small_model()
+    model.head.locator.requires_grad_(False)
+    before = {k:v.clone() for k,v in model.head.locator.state_dict().items()}
+    model.train()(people(1, 4, black=False, size=(64,32)))
+    assert all(torch.equal(v, before[k]) for k,v in model.head.locator.state_dict().items())
+    model.head.locator.requires_grad_(True)
+    assert model.train().head.locator.training
+
 def test_corner_mse():
     a,b = torch.rand(5, 4, generator=torch.Generator().manual_seed(1)),torch.rand(5, 4, generator=torch.Generator().manual_seed(2))
     tot = 0

@@ -70,6 +70,8 @@ class Locator(nn.Module):
         small = F.interpolate(upper, (64,48), mode='bilinear', align_corners=False)
         return self.prior+self.reach*full_precision(self.box(self.body(small))).tanh()
 
+    def train(self, mode=True): return super().train(mode and self.box.weight.requires_grad)   # a frozen one judges as it is
+
 # %% ../../nbs/04f_heads.haa.ipynb #3df0bdec
 def corner_mse(box, target):
     "Mean squared error of upper left and lower right corner of boxes (B,4), where the image reaches from -1 to 1"
