@@ -2,15 +2,18 @@
 
 It must not lose more than 1 point on the others. ResNet-18 twice (HAA) against ResNet-34. The locator of HAA is taught
 beforehand and frozen, as its authors do, on 700 drawn images of other people whose head-shoulder boxes are known. Rows that
-black.csv has are not run again. IDS, EPOCHS and SEEDS in the environment make it smaller."""
+black.csv has are not run again. IDS, EPOCHS and SEEDS in the environment make it smaller. FEATURES=1 scores what each stream of
+HAA has learnt instead, on held-out people, in black_features.csv."""
 import csv, os, statistics as st, tempfile, time
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from bench_occlusion import size, trained
+from toy_runs import Rows
 
 table = Path(__file__).with_name('black.csv')
 n_ids,epochs,n_seeds = (int(os.environ.get(k, v)) for k,v in dict(IDS=256, EPOCHS=15, SEEDS=3).items())
+learnt = Rows(table.with_name('black_features.csv'), ('model','seed','feature','group'), ('mAP',))
 models,groups = ('plain','haa'),('all','dark','others')
 fields = ['model','seed','n_ids','epochs','parameters','group','mAP','rank-1']
 
@@ -57,16 +60,17 @@ def network(name, n):
     from fastreid_nb.all import haa, reid_model, resnet
     if name=='plain': return reid_model(partial(resnet, variant=34, pretrained=False), n)
     net = partial(resnet, variant=18, pretrained=False)
-    if name=='haa, untaught': return haa(net, n, net, n_global=512, n_strip=128)   # as it comes
+    make = partial(haa, net, n, net, n_global=512, n_strip=128)
+    if name=='haa, untaught': return make()   # as it comes
     locator = taught()
-    model = haa(net, n, net, n_global=512, n_strip=128, prior=tuple(locator.prior.tolist()), reach=tuple(locator.reach.tolist()))
+    model = make(prior=tuple(locator.prior.tolist()), reach=tuple(locator.reach.tolist()), feat='all' if name=='haa, taught' else 'whole')
     model.head.locator = locator
     return model
 
 def run(job):
     "Train and score one model; its rows go to the table"
     import torch
-    from fastreid_nb.all import BlackLoss, evaluate_data, hflip, pad_crop, random_erase
+    from fastreid_nb.all import BlackLoss, hflip, pad_crop, random_erase
     torch.set_num_threads(1)
     name,seed,root = job
     start,data = time.time(),drawn(root)
@@ -75,13 +79,47 @@ def run(job):
     n_params = sum(o.numel() for o in model.parameters())
     more = [] if name=='plain' else [BlackLoss(model)]
     model = trained(name, model, data, seed, more, [hflip, pad_crop, random_erase], epochs)
-    res = evaluate_data(model, data, num_workers=0, progress=False)
-    by = res.breakdown('dark', n=100)
-    lines = {'all':(res.mAP,res.rank(1)), **{g:(by.loc[k,'mAP'],by.loc[k,'rank-1']) for g,k in (('dark',True),('others',False))}}
+    lines = scored(model, data)
     new = not table.exists()
     rows = [[name,seed,n_ids,epochs,n_params,g,*(f'{o:.4f}' for o in v)] for g,v in lines.items()]
     with open(table, 'a', newline='') as f: csv.writer(f).writerows([fields]*new+rows)
     print(f'{name}, seed {seed}: {(time.time()-start)/60:.1f} minutes', {k:f'{v[0]:.3f}' for k,v in lines.items()}, flush=True)
+
+def scored(model, data):
+    "mAP and rank-1 by group"
+    from fastreid_nb.all import evaluate_data
+    res = evaluate_data(model, data, num_workers=0, progress=False)
+    by = res.breakdown('dark', n=100)
+    return {'all':(res.mAP,res.rank(1)), **{g:(by.loc[k,'mAP'],by.loc[k,'rank-1']) for g,k in (('dark',True),('others',False))}}
+
+def by_feature(job):
+    "mAP of each feature of HAA on people held out of the training; rows go to black_features.csv"
+    import torch
+    from fastreid_nb.all import BlackLoss, hflip, pad_crop, random_erase
+    torch.set_num_threads(1)
+    name,seed,root = job
+    data = drawn(root).holdout(.25, seed=0)
+    torch.manual_seed(seed)
+    model = network(name, data.train.pid.nunique())
+    more = [] if name=='plain' else [BlackLoss(model)]
+    model = trained(name, model, data, seed, more, [hflip, pad_crop, random_erase], epochs)
+    named = dict(embedding=None) if name=='plain' else dict(image=0, shoulders=-2, joined=-1)
+    for feature,i in named.items():
+        one = model if i is None else One(model, i)
+        learnt.add(*((name, seed, feature, g, 100*float(m)) for g,(m,_) in scored(one, data).items()))
+
+def One(model, i):
+    "The embedding of one of a model's classified features"
+    import torch
+    class One(torch.nn.Module):
+        preproc = model.preproc
+        def forward(self, x):
+            glob = model.head.whole(model.fmap(x))
+            _,strips = model.head.look(model.normalise(x))
+            w,shoulders = model.head.gate(glob)[0],torch.cat(strips, 1)
+            feats = glob, *strips, shoulders, torch.cat([w[:,:1]*glob, w[:,1:]*shoulders], 1)
+            return model.head.heads[i](feats[i]).emb
+    return One().eval()
 
 def found():
     "mAP in percent by (model, seed, group), of runs of this size"
@@ -89,18 +127,30 @@ def found():
     with open(table, newline='') as f: lines = [o for o in csv.DictReader(f) if (int(o['n_ids']),int(o['epochs']))==(n_ids,epochs)]
     return {(o['model'],int(o['seed']),o['group']):100*float(o['mAP']) for o in lines}
 
+def work(do, jobs):
+    "Two jobs at a time, with one thread each"
+    os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
+    with tempfile.TemporaryDirectory() as tmp:
+        root = os.environ.get('TOY', tmp)
+        if jobs: drawn(root)
+        with get_context('spawn').Pool(2, maxtasksperchild=1) as pool:
+            for _ in pool.imap_unordered(do, [(*o,root) for o in jobs]): pass
+
+def streams():
+    "What the streams of HAA have learnt, by what it is trained with; points of the joined embedding over the plain model, in dark clothes"
+    have = {o[0] for o in learnt.found()}
+    work(by_feature, [(m,0) for m in ('plain','haa, untaught','haa, taught','haa') if m not in have])
+    for (name,_,feature,group),(v,) in learnt.found().items(): print(f'{name:15s} {feature:10s} {group:7s} {float(v):5.1f}')
+    dark = {o[0]:float(v[0]) for o,v in learnt.found().items() if o[2] in ('embedding','joined') and o[3]=='dark'}
+    return dark['haa']-dark['plain']
+
 def main(
     seeds:int=1, # Not used: SEEDS in the environment
 )->dict: # value: mAP points of HAA over plain on those in dark clothes, mean over the seeds
-    "Run what the table does not have, two models at a time with one thread each"
-    os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
+    "Run what the table does not have"
+    if os.environ.get('FEATURES'): return dict(value=(value := streams()), bar=3, ok=value>=3)
     known = found()
-    with tempfile.TemporaryDirectory() as tmp:
-        root = os.environ.get('TOY', tmp)
-        todo = [(m,s,root) for s in range(n_seeds) for m in models if (m,s,'all') not in known]
-        if todo: drawn(root)
-        with get_context('spawn').Pool(2, maxtasksperchild=1) as pool:
-            for _ in pool.imap_unordered(run, todo): pass
+    work(run, [(m,s) for s in range(n_seeds) for m in models if (m,s,'all') not in known])
     maps = found()
     gains = {g:[maps['haa',s,g]-maps['plain',s,g] for s in range(n_seeds)] for g in groups}
     for g in groups:

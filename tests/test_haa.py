@@ -105,6 +105,19 @@ def test_locator_learns_boxes():
         with torch.no_grad(): errs[name] = corner_mse(loc.eval()(x), box).item()
     assert errs['free']<errs['fixed']/4, errs
 
+def test_features_for_triplets():
+    "With 'whole' no strip is in a triplet: their reductions get no gradient from one, but from cross entropy"
+    pid = torch.arange(4).repeat_interleave(2)
+    for feat,moves in (('all',True),('whole',False)):
+        model = small_model(feat=feat).train()
+        out = model(rand_pics())
+        assert len(out.logits)==6 and len(out.feat)==(6 if moves else 2)
+        model.head.gate.requires_grad_(False)
+        first = TripletLoss(5.)(out._replace(feat=out.feat[:-1]), pid)
+        weight = model.head.strips[0].reduce.weight
+        grad, = torch.autograd.grad(first, weight, allow_unused=True)
+        assert (grad is not None and bool(grad.abs().sum()>0))==moves
+
 def test_a_frozen_locator_stays_as_it_is():
     model = small_model()
     model.head.locator.requires_grad_(False)
@@ -399,6 +412,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match='n_feat'): haa(nn.Conv2d(3, 8, 3), 4)
     with pytest.raises(ValueError, match='n_feat'): haa(resnet18, 4, nn.Conv2d(3, 8, 3))
     with pytest.raises(ValueError, match='resnet'): haa('resnet51', 4)
+    with pytest.raises(ValueError, match='feat'): haa(resnet18, 4, feat='joined')
     with pytest.raises(ValueError, match='smaller than width'): haa(resnet18, 4, reach=(.1,.1,.9,.1))
     with pytest.raises(ValueError, match='prior'): Locator(prior=(.5,.5,.5))
     with pytest.raises(ValueError, match='reach'): Locator(reach=(-.1,0,0,0))

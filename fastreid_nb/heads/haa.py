@@ -13,6 +13,7 @@ from collections import namedtuple
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
+from ..data.files import check_choice
 from ..data.preproc import Preproc
 from ..backbone.resnet import resnet50
 from .core import BNNeck, BNNeckHead, ReIDOut
@@ -125,9 +126,10 @@ Attention = namedtuple('Attention', 'box weights logits dark')
 
 class HAAHead(nn.Module):
     "Six classified features: of the image, of each strip of its region, of all strips, and of image and strips joined"
-    def __init__(self, n_feat, n_pids, shoulder, locator, size=None, n_strips=3, n_global=1536, n_strip=512):
+    def __init__(self, n_feat, n_pids, shoulder, locator, size=None, n_strips=3, n_global=1536, n_strip=512, feat='all'):
         super().__init__()
         self.size,self.last,n = size,None,n_strips*n_strip
+        self.feat = check_choice('feat', feat, ('all','whole'))
         self.branches,self.locator = nn.ModuleDict(dict(shoulder=shoulder)),locator
         self.whole,self.gate = PoolReduce(n_feat, n_global),DarkGate(n_global)
         self.attend = nn.ModuleList(StripAttention(shoulder.n_feat) for _ in range(n_strips))
@@ -150,7 +152,7 @@ def look(self:HAAHead, x, camid=None):
 # %% ../../nbs/04f_heads.haa.ipynb #42e5ca66
 @patch
 def forward(self:HAAHead, fmap, x, camid=None, dark=None):
-    "Lists of six for `logits` and `feat`; `emb` is a list of one, the joined embedding"
+    "Lists of six for `logits` and `feat`, or of two for `feat` ('whole'); `emb` is a list of one, the joined embedding"
     glob = self.whole(fmap)
     box,strips = self.look(x, camid)
     shoulders = torch.cat(strips, 1)
@@ -159,7 +161,8 @@ def forward(self:HAAHead, fmap, x, camid=None, dark=None):
     feats = (glob, *strips, shoulders, joined)
     outs = [head(o) for head,o in zip(self.heads, feats)]
     if self.training: self.last = Attention(box, w, logits, dark)
-    return ReIDOut([o.logits for o in outs], [o.feat for o in outs], [outs[-1].emb])
+    kept = outs if self.feat=='all' else [outs[0],outs[-1]]
+    return ReIDOut([o.logits for o in outs], [o.feat for o in kept], [outs[-1].emb])
 
 # %% ../../nbs/04f_heads.haa.ipynb #453df41d
 class HAA(ReIDModel):
@@ -188,6 +191,7 @@ def haa(
     n_strip:int=512, # Size of each strip's feature
     prior:tuple=(.5,.22,.75,.34), # Box at first: centre x, centre y, width, height, as shares of the image
     reach:tuple=(.15,.2,.25,.12), # By how much each of the four may be moved; zeros keep the box fixed
+    feat:str='all', # What `feat` holds, for losses on distances: 'all' six features, or those of the 'whole': image, and both joined
     preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
 )->HAA: # The embedding has `n_global`+`n_strips`*`n_strip` values
     "Head-shoulder adaptive attention: a second network for head and shoulders, weighed by how dark the clothes are"
@@ -196,7 +200,7 @@ def haa(
         raise ValueError(f'size={size}: expected (height, width) in pixels')
     trunk = make_backbone(backbone)
     second = copy.deepcopy(trunk) if shoulder is None else make_backbone(shoulder)
-    head = HAAHead(trunk.n_feat, n_pids, second, Locator(prior, reach), size, n_strips, n_global, n_strip)
+    head = HAAHead(trunk.n_feat, n_pids, second, Locator(prior, reach), size, n_strips, n_global, n_strip, feat)
     return HAA(trunk, nn.Identity(), head, preproc)
 
 # %% ../../nbs/04f_heads.haa.ipynb #0a6faea7
