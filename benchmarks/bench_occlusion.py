@@ -49,7 +49,8 @@ def trained(name, model, data, seed, more=(), augs=None, n_epochs=None):
     "A model after training from scratch in one thread"
     from fastreid_nb.all import CrossEntropy, ReIDLoss, ScoreReID, TripletLoss, reid_dls, reid_learner
     dls = reid_dls(data, size, p=min(16, data.train.pid.nunique()), k=4, augs=augmentations(data) if augs is None else augs, num_workers=0, seed=seed)
-    loss = ReIDLoss(CrossEntropy(.1), TripletLoss(.3), *more)
+    triplet = [] if name in ('pcb','visible') else [TripletLoss(.3)]   # PCB has none, as published
+    loss = ReIDLoss(CrossEntropy(.1), *triplet, *more)
     learn = reid_learner(dls, model=model, loss=loss, lr=1e-3)
     learn.remove_cb(ScoreReID)
     with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(n_epochs or epochs, 1e-3)
