@@ -96,7 +96,7 @@ def pcb(
     cosine:bool=False, # Logits as cosines?
     preproc:Preproc=None, # How images are read; by default as the backbone's `mean`, `std` and `img_size` say
 )->ReIDModel: # Untrained except for what `backbone` loads
-    "The part-based convolutional baseline (Sun et al. 2018)"
+    "The part-based convolutional baseline (Sun et al. 2018), made to be trained by cross entropy alone"
     net = make_backbone(backbone)
     head = PCBHead(net.n_feat, n_pids, n_parts, n_emb, refined, feat, cosine)
     return ReIDModel(net, nn.Identity(), head, preproc)
