@@ -128,7 +128,7 @@ def test_rank_of_parts(dls):
         order,run_valid = 40,False
         def after_pred(self): self.learn.pred = type(self.pred)(self.pred.logits, [self.pred.feat, 0*self.pred.feat+1], self.pred.emb)
     one = lambda out, pid, camid: out.logits.float().square().mean()
-    stops(r'\(output 1 of 2\) have an effective rank of 1.00', dls, WatchRank(every=1), Half(), loss=one)
+    stops(r'\(`feat\[1\]`\) have an effective rank of 1.00', dls, WatchRank(every=1), Half(), loss=one)
 
 def test_rank(dls):
     stops('collapsed to a point', dls, WatchRank(every=1), net=Blind, loss=ReIDLoss(CrossEntropy()))

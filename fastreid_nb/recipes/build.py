@@ -32,6 +32,7 @@ from ..losses.core import ReIDLoss
 from ..train.core import ReIDLearner, _built_preproc, reid_learner
 from ..train.groups import FreezeLayers, named_params
 from ..train.finetune import KeepBest
+from ..train.checkpoint import load_reid
 from ..train.names import _choices, _is_callable, kind_of, names_of
 from ..train.schedules import fastreid_curve
 from ..eval.score import ScoreReID
@@ -297,6 +298,14 @@ def _check_precision(exp):
         f'precision: float16 on {kind}: expected bfloat16 or float32; float16 needs CUDA')
 
 # %% ../../nbs/15a_recipes.build.ipynb #bc39da11
+def _check_head(exp):
+    "Refuse a file whose classifiers cannot be taken over"
+    if exp['head']=='drop': return exp
+    try: names = load_reid(Path(exp['weights']).expanduser()).pid_names
+    except ValueError as e: raise ValueError(f'head={exp["head"]!r}: {e}. Expected head=drop for this file') from e
+    if names or exp['head']=='keep': return exp
+    raise ValueError(f'head=match: {exp["weights"]} does not say who its classes are; expected head=drop')
+
 @patch
 def check(self:Experiment)->Experiment: # Itself
     "Make all parts that need no images, and refuse what cannot be made"
@@ -311,5 +320,6 @@ def check(self:Experiment)->Experiment: # Itself
     weights = self['weights']
     if weights in ('imagenet','none') and self['head']!='drop': raise ValueError(
         f'head={self["head"]!r} with weights={weights!r}: there are no identities to {self["head"]}; expected a file of weights')
-    if weights in ('imagenet','none') or Path(weights).expanduser().is_file(): return self
+    if weights in ('imagenet','none'): return self
+    if Path(weights).expanduser().is_file(): return _check_head(self)
     raise ValueError(f'weights={weights!r}: expected imagenet, none, or a file, and there is no such file')

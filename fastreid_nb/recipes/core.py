@@ -85,9 +85,10 @@ class SaveSettings:
     minutes:float|None=10. # And when so many minutes have passed; null not by minutes
     keep:int=2 # States that are kept, the newest
     def __post_init__(self):
-        for k in ('epochs','keep'):
-            if k=='keep' or self.epochs is not None: check_number(f'save.{k}', getattr(self, k), 1)
-        if self.minutes is not None: check_number('save.minutes', self.minutes, 0)
+        check_number('save.keep', self.keep, 1)
+        if self.epochs is not None: check_number('save.epochs', self.epochs, 1)
+        if self.minutes is not None and check_number('save.minutes', self.minutes, 0)==0:
+            raise ValueError('save.minutes=0: expected more, or null for a state only after epochs')
 
 # %% ../../nbs/15_recipes.ipynb #3422ca97
 _precisions = 'auto','float32','bfloat16','float16'

@@ -128,7 +128,7 @@ class WatchRank(Watch):
         xs = x if isinstance(x, (list,tuple)) else [x]
         ranks = [effective_rank(F.normalize(o.float(), dim=1)).item() for o in xs]
         self.ranks.append(min(ranks))
-        where = f' (output {ranks.index(min(ranks))} of {len(xs)})' if len(xs)>1 else ''
+        where = f' (`{self.on}[{ranks.index(min(ranks))}]`)' if len(xs)>1 else ''
         if min(ranks)<self.least: return (f'the features of {len(xs[0])} images{where} have an effective rank of '
             f'{min(ranks):.2f}: they collapsed to a point; try a longer warm-up, a lower lr or a soft-margin triplet')
 
