@@ -13,7 +13,7 @@ from toy_runs import Rows
 
 table = Path(__file__).with_name('black.csv')
 n_ids,epochs,n_seeds = (int(os.environ.get(k, v)) for k,v in dict(IDS=256, EPOCHS=15, SEEDS=3).items())
-learnt = Rows(table.with_name('black_features.csv'), ('model','seed','feature','group'), ('mAP',))
+learnt = Rows(table.with_name('black_features.csv'), ('model','seed','n_ids','epochs','feature','group'), ('mAP',))
 models,groups = ('plain','haa'),('all','dark','others')
 fields = ['model','seed','n_ids','epochs','parameters','group','mAP','rank-1']
 
@@ -105,21 +105,17 @@ def by_feature(job):
     model = trained(name, model, data, seed, more, [hflip, pad_crop, random_erase], epochs)
     named = dict(embedding=None) if name=='plain' else dict(image=0, shoulders=-2, joined=-1)
     for feature,i in named.items():
-        one = model if i is None else One(model, i)
-        learnt.add(*((name, seed, feature, g, 100*float(m)) for g,(m,_) in scored(one, data).items()))
+        one = model if i is None else of_feature(model, i)
+        learnt.add(*((name, seed, n_ids, epochs, feature, g, float(m)) for g,(m,_) in scored(one, data).items()))
 
-def One(model, i):
-    "The embedding of one of a model's classified features"
+def of_feature(model, i):
+    "A module that gives the embedding of classified feature `i`"
     import torch
-    class One(torch.nn.Module):
+    class OfFeature(torch.nn.Module):
         preproc = model.preproc
-        def forward(self, x):
-            glob = model.head.whole(model.fmap(x))
-            _,strips = model.head.look(model.normalise(x))
-            w,shoulders = model.head.gate(glob)[0],torch.cat(strips, 1)
-            feats = glob, *strips, shoulders, torch.cat([w[:,:1]*glob, w[:,1:]*shoulders], 1)
-            return model.head.heads[i](feats[i]).emb
-    return One().eval()
+        def forward(self, x): return model.head.heads[i](model.outputs(x).feat[i]).emb
+    model.head.feat = 'all'
+    return OfFeature().eval()
 
 def found():
     "mAP in percent by (model, seed, group), of runs of this size"
@@ -138,17 +134,19 @@ def work(do, jobs):
 
 def streams():
     "What the streams of HAA have learnt, by what it is trained with; points of the joined embedding over the plain model, in dark clothes"
-    have = {o[0] for o in learnt.found()}
+    def rows(): return {(o[0],*o[4:]):100*float(v) for o,(v,) in learnt.found().items() if o[2:4]==(str(n_ids),str(epochs))}
+    have = {o[0] for o in rows()}
     work(by_feature, [(m,0) for m in ('plain','haa, untaught','haa, taught','haa') if m not in have])
-    for (name,_,feature,group),(v,) in learnt.found().items(): print(f'{name:15s} {feature:10s} {group:7s} {float(v):5.1f}')
-    dark = {o[0]:float(v[0]) for o,v in learnt.found().items() if o[2] in ('embedding','joined') and o[3]=='dark'}
-    return dark['haa']-dark['plain']
+    for (name,feature,group),v in rows().items(): print(f'{name:15s} {feature:10s} {group:7s} {v:5.1f}')
+    return rows()['haa','joined','dark']-rows()['plain','embedding','dark']
 
 def main(
     seeds:int=1, # Not used: SEEDS in the environment
 )->dict: # value: mAP points of HAA over plain on those in dark clothes, mean over the seeds
     "Run what the table does not have"
-    if os.environ.get('FEATURES'): return dict(value=(value := streams()), bar=3, ok=value>=3)
+    if os.environ.get('FEATURES'):
+        value = streams()
+        return dict(value=value, bar=3, ok=value>=3)
     known = found()
     work(run, [(m,s) for s in range(n_seeds) for m in models if (m,s,'all') not in known])
     maps = found()

@@ -19,9 +19,13 @@ from fastcore.script import anno_parser
 from ..data import doctor # the method `ReIDData.doctor`; chkstyle: ignore
 from ..data.files import has_screen, printable
 from ..data.toy import toy_reid
+from ..augment.core import hflip, pad_crop
+from ..augment.geometry import color_jitter
 from ..augment.loaders import reid_dls
 from ..backbone.resnet import resnet18_ibn
 from ..heads.speed import best_dtype
+from ..losses.core import CrossEntropy, ReIDLoss
+from ..losses.pairs import TripletLoss
 from ..train.core import reid_learner
 from ..train.names import names_of
 from ..eval.inference import evaluate_data
@@ -39,10 +43,10 @@ from .use import _precisions
 # %% ../../nbs/15j_recipes.cli.ipynb #a4892d85
 def reid_demo(
     n_ids:int=256, # Identities to draw, a quarter of them for testing
-    epochs:int=10, # Epochs, about 20 seconds each on two CPU cores
+    epochs:int=6, # Epochs, about 20 seconds each on two CPU cores
     lr:float=1e-3, # Highest learning rate
     size:str='128x64', # Height x width of the network's input, pixels
-    p:int=16, # Identities in a training batch
+    p:int=8, # Identities in a training batch
     k:int=4, # Images of each
     seed:int=0, # Of the images, the batches and the initial weights
     workers:int=None, # Processes that read images; by default one per core
@@ -55,8 +59,10 @@ def reid_demo(
     check_options(locals())
     with run_folder(out, overwrite) as out:
         data = toy_reid(cache, n_ids=n_ids, seed=seed, progress=has_screen())
-        dls = reid_dls(data, _hw(size), p, k, num_workers=workers, seed=seed)
-        learn = reid_learner(dls, resnet18_ibn, seed=seed, dtype=_precisions[precision])
+        light = partial(color_jitter, p=1., brightness=.3, contrast=0., saturation=.2, hue=.05)
+        dls = reid_dls(data, _hw(size), p, k, [hflip, pad_crop, light], num_workers=workers, seed=seed)
+        loss = ReIDLoss(CrossEntropy(), TripletLoss(margin=None))
+        learn = reid_learner(dls, resnet18_ibn, loss=loss, seed=seed, dtype=_precisions[precision])
         _run(learn, out, partial(learn.fit_warmup_cos, epochs, lr))
 
 # %% ../../nbs/15j_recipes.cli.ipynb #2f934850
