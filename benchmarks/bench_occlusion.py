@@ -2,7 +2,7 @@
 
 Queries are partial, the gallery is whole, as in Partial-REID. Every model is trained from scratch with the same images and
 augmentations. What fuses both distances is learnt once, from held-out people of whom 30 % are hidden. Rows that occlusion.csv
-has are not run again. IDS, EPOCHS and SEEDS in the environment make it smaller."""
+has are not run again; those with triplet in the name are part models of an earlier version, trained with a triplet loss, too. IDS, EPOCHS and SEEDS in the environment make it smaller."""
 import csv, os, statistics as st, tempfile, time
 from functools import partial
 from multiprocessing import get_context
