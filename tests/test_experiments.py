@@ -127,6 +127,21 @@ def learner(tmp_path_factory):
     exp = Experiment.load('toy_small', [*tiny, 'model.backbone={fn: osnet, width: x0_25}'])
     return exp.learner(toy)
 
+def test_classifiers_of_shared_people(learner, tmp_path, capsys):
+    "The file knows half of the people: their rows are kept, the others begin as in any model of this seed, not those of the file"
+    exp = Experiment.load('toy_small', [*tiny, 'model.backbone={fn: osnet, width: x0_25}'])
+    half = exp.learner(learner.dls.data.holdout(.5))
+    half.model.head.classifier.weight.data.fill_(.5)
+    half.save_reid(tmp_path/'half.pt')
+    on = exp.set(f'weights={tmp_path/"half.pt"}', 'head=match').check().learner(learner.dls.data)
+    known = [o in half.dls.pids for o in on.dls.pids]
+    kept = [bool((row==.5).all()) for row in on.model.head.classifier.weight]
+    assert kept==known and 0<sum(known)<len(known) and f'of {sum(known)} of {len(known)} identities' in capsys.readouterr().out
+    for head in ('keep','match'):
+        with pytest.raises(ValueError, match='head'): exp.set('weights=none', f'head={head}').check()
+    torch.save(torch.load(tmp_path/'half.pt', weights_only=True)|dict(pid_names=[]), tmp_path/'nameless.pt')
+    with pytest.raises(ValueError, match='does not say who its classes are'): exp.set(f'weights={tmp_path/"nameless.pt"}', 'head=match').check()
+
 def test_schedules_fit_the_sets(learner, monkeypatch):
     "The lengths of every recipe make sense with the iterations of its set: 202 an epoch on Market-1501, 542 on VERI-Wild"
     class Stop(Callback):
