@@ -79,6 +79,7 @@ class DistSettings:
     minutes:float=10. # Of waiting for another process; not part of the hash
     def __post_init__(self): check_number('dist.minutes', self.minutes, 0)
 
+# %% ../../nbs/15_recipes.ipynb #25780bdc
 @dataclass
 class SaveSettings:
     epochs:int|None=1 # Write the state after so many epochs; null not by epochs
