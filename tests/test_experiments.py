@@ -15,8 +15,11 @@ from fastreid_nb.recipes import tune
 from fastreid_nb.recipes.cli import reid_main
 from fastreid_nb.recipes.core import Experiment, shipped
 from fastreid_nb.recipes.ledger import Ledger
+from fastreid_nb.recipes.publish import publish
 from fastreid_nb.recipes.published import recipe_names
 from fastreid_nb.recipes.run import _note
+from fastreid_nb.recipes.use import check_options
+from fastreid_nb.weights.load import load_pretrained
 from slow import slow_but
 from test_readers import TREES, annos, market_tree, text
 
@@ -141,6 +144,18 @@ def test_classifiers_of_shared_people(learner, tmp_path, capsys):
         with pytest.raises(ValueError, match='head'): exp.set('weights=none', f'head={head}').check()
     torch.save(torch.load(tmp_path/'half.pt', weights_only=True)|dict(pid_names=[]), tmp_path/'nameless.pt')
     with pytest.raises(ValueError, match='does not say who its classes are'): exp.set(f'weights={tmp_path/"nameless.pt"}', 'head=match').check()
+
+def test_weights_of_a_published_folder(learner, tmp_path, capsys):
+    "An experiment, a command and `load_pretrained` take the folder that `publish` wrote, and say what is wrong with another"
+    learner.save_reid(tmp_path/'model.pt')
+    publish(tmp_path/'model.pt', learner.dls.data, tmp_path/'out', 'free of rights', progress=False)
+    exp = Experiment.load('toy_small', [*tiny, 'model.backbone={fn: osnet, width: x0_25}', f'weights={tmp_path/"out"}', 'head=match']).check()
+    on = exp.learner(learner.dls.data)
+    assert torch.equal(on.model.head.classifier.weight, learner.model.head.classifier.weight)
+    assert torch.equal(load_pretrained(tmp_path/'out').backbone.conv1.conv.weight, learner.model.backbone.conv1.conv.weight)
+    check_options(dict(weights=str(tmp_path/'out')))
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(ValueError, match='published folder, and there is no such file'): exp.set(f'weights={tmp_path/"empty"}').check()
 
 def test_schedules_fit_the_sets(learner, monkeypatch):
     "The lengths of every recipe make sense with the iterations of its set: 202 an epoch on Market-1501, 542 on VERI-Wild"

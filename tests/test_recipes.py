@@ -1,13 +1,16 @@
 "The command `reid`: what it says when something is wrong, and that it loses nothing"
-import shutil
-from importlib.util import find_spec
+import shutil, sys
 from pathlib import Path
-import fresh, numpy as np, pandas as pd, pytest
+import fresh, numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
 from PIL import Image
-from fastreid_nb.recipes.run import read_data
+from fastreid_nb.augment.loaders import reid_dls
+from fastreid_nb.backbone.resnet import resnet18
+from fastreid_nb.recipes.run import TensorBoardLog, read_data
 from fastreid_nb.recipes.cli import reid_main as main
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
+from fastreid_nb.train.core import reid_learner
 from fastreid_nb.train.resume import Resumable, last_state, write_state
 from fastreid_nb.recipes.ledger import Ledger
 from tiny_models import thin_resnets
@@ -143,6 +146,32 @@ def test_doctor_wrong_calls(capsys, tmp_path, folder, monkeypatch):
     monkeypatch.setattr(copies, '_scan_chunk', broken)
     assert 'Input/output error' in says(capsys, 1, 'doctor', folder)
 
+def test_no_tensorboard(capsys, tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    said = says(capsys, 1, 'train', folder, *quick, '--log', 'tensorboard', '--out', tmp_path/'o')
+    assert 'pip install "fastreid-nb[log]"' in said
+
+def test_tensorboard_of_a_run_that_goes_on(tmp_path):
+    "Killed in the second epoch: every step of loss and terms once, at its place"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    data = toy_reid(tmp_path/'toy', n_ids=8, size=(32,16), progress=False)
+    class Killed(Callback):
+        now = True
+        def before_batch(self):
+            if self.now and self.epoch==1 and self.iter==1: raise SystemExit
+    def fit(**kwargs):
+        learn = reid_learner(reid_dls(data, (32,16), 2, 2, num_workers=0), resnet18, dtype=torch.float32)
+        keeps = Resumable(tmp_path/'run', every_minutes=1e-9, **kwargs)
+        with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(2, 1e-4, cbs=[keeps, TensorBoardLog(tmp_path/'board'), Killed()])
+        return learn
+    with pytest.raises(SystemExit): fit()
+    Killed.now = False
+    learn = fit(resume=True)
+    seen = EventAccumulator(str(tmp_path/'board')).Reload()
+    n = 2*len(learn.dls.train)
+    for name in ('train/loss','train/ce','train/lr'): assert [o.step for o in seen.Scalars(name)]==list(range(n)), name
+    assert [o.step for o in seen.Scalars('epoch/mAP')]==[0,1]
+
 def test_the_log_of_a_run_that_goes_on(capsys, tmp_path, folder, monkeypatch):
     "One line an epoch, of those before the kill too; the ledger counts the time before it; a log is no other setting"
     words = 'train', folder, *quick, '--epochs', 3, '--precision', 'float32'
@@ -163,10 +192,8 @@ def test_the_log_of_a_run_that_goes_on(capsys, tmp_path, folder, monkeypatch):
 
 def test_log_for_tensorboard(capsys, tmp_path, folder):
     words = 'train', folder, *quick, '--log', 'tensorboard', '--out', tmp_path/'o'
-    if find_spec('tensorboard') is None: assert 'pip install "fastreid-nb[log]"' in says(capsys, 1, *words)
-    else:
-        assert main([str(o) for o in words])==0
-        assert any((tmp_path/'o'/'tensorboard').iterdir())
+    assert main([str(o) for o in words])==0
+    assert any((tmp_path/'o'/'tensorboard').iterdir())
 
 def test_the_module_is_the_command(tmp_path):
     "What a launcher of processes starts"

@@ -275,13 +275,21 @@ def is_features(
     "Is this a file of features?"
     return isinstance(o, dict) and o.get('kind')=='fastreid_nb.Features'
 
+# %% ../../nbs/02a_backbone.weights.ipynb #ca11d3cf
+def weights_file(
+    path:str|Path, # File of weights, or a folder that `publish` wrote
+)->Path: # The file; it need not be there
+    "Where weights are: in `path`, or in the model.pt of a folder"
+    path = Path(path).expanduser()
+    return path/'model.pt' if path.is_dir() and (path/'model.pt').is_file() else path
+
 def read_weights(
-    path:str|Path, # File of weights of any form
+    path:str|Path, # File of weights of any form, or a folder with a model.pt
     entry:str='', # Which of several dictionaries in it, or the beginning of the names; '' chooses
     fits:Callable=None, # Is a state one of a network that is known?
 )->WeightsFile: # Its state has neither wrappings nor prefixes
     "Read a file of weights, whoever wrote it"
-    path = Path(path).expanduser()
+    path = weights_file(path)
     o = read_torch(path)
     if is_features(o): raise ValueError(f'{path} holds features, no weights: Features.load reads it')
     found = states_in(o)

@@ -170,7 +170,7 @@ def precision_of(learn):
     "The dtype a learner trains in; None for float32"
     amp = getattr(learn, 'mixed_precision', None)
     if amp is None: return None
-    if isinstance(amp, Amp): return amp.dtype or best_dtype(learn.dls.device)
+    if isinstance(amp, Amp): return amp.dtype or best_dtype(learn.dls.device, model=learn.model)
     return torch.bfloat16 if amp.amp_mode==AMPMode.BF16 else torch.float16
 
 # %% ../../nbs/07c_eval.inference.ipynb #d9e1474f

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 import torch, torch.nn.functional as F
 from torch import nn
+from ..backbone.weights import bare_module
 from .model import plain_tensor
 
 # %% ../../nbs/04i_heads.speed.ipynb #dc3a3798
@@ -155,17 +156,21 @@ def _fastest(kind, training):
 def fastest(
     device:str|torch.device, # Where the model is
     training:bool=True, # With the backward pass, or forward only?
+    model:nn.Module=None, # Whose `preproc` tells the size of its images
 )->Speed: # Precision and memory layout
     "The fastest safe way to run convolutions on a device: measured on first use in a second, then remembered"
+    preproc = None if model is None else getattr(bare_module(model), 'preproc', None)
+    if preproc and torch.device(device).type=='cpu' and preproc.size[1]<=32: return Speed(torch.float32)
     return _fastest(torch.device(device).type, training)
 
 # %% ../../nbs/04i_heads.speed.ipynb #fee25097
 def best_dtype(
     device:str|torch.device, # Where the model is
     training:bool=True, # With the backward pass, or forward only?
-)->torch.dtype: # float32 where half precision does not pay
+    model:nn.Module=None, # Whose `preproc` tells the size of its images
+)->torch.dtype: # float32 where half precision does not pay, or where images are so narrow that a CPU may compute it wrongly
     "The fastest safe precision of a device, measured on first use"
-    return fastest(device, training).dtype
+    return fastest(device, training, model).dtype
 
 # %% ../../nbs/04i_heads.speed.ipynb #7ad14934
 class FastModel(nn.Module):

@@ -27,6 +27,7 @@ from ..data.preproc import Preproc
 from ..augment.core import apply_augs
 from ..augment.loaders import reid_dls
 from ..backbone.timmnets import timm_backbone, timm_name
+from ..backbone.weights import weights_file
 from ..heads.model import ReIDModel, eval_mode
 from ..losses.core import ReIDLoss
 from ..train.core import ReIDLearner, _built_preproc, reid_learner
@@ -168,7 +169,7 @@ def model(self:Experiment,
         torch.manual_seed(self['seed'])
         model = _make_model(self, n_pids, self['weights']=='imagenet')
     if self['weights'] not in ('imagenet','none'):
-        keep_body(model, load_pretrained(Path(self['weights']).expanduser(), verbose=False))
+        keep_body(model, load_pretrained(self['weights'], verbose=False))
     model.experiment = dict(self.values, hash=self.hash)
     return model
 
@@ -223,7 +224,7 @@ def learner(self:Experiment,
     learn = reid_learner(dls, model=model, loss=self.loss(model), opt_func=called(self['optim.func'], 'opt'),
         lr=self['optim.lr'], wd=self['optim.wd'], dtype=_dtypes[self['precision']], cbs=[*_callbacks(self), *L(cbs)], **kwargs)
     if self['head']=='drop': return learn
-    n = learn.load_reid(Path(self['weights']).expanduser(), self['head'])
+    n = learn.load_reid(self['weights'], self['head'])
     print(f'{self["weights"]}: the classifiers of {n} of {len(dls.pids)} identities were taken over')
     return learn
 
@@ -301,7 +302,7 @@ def _check_precision(exp):
 def _check_head(exp):
     "Refuse a file whose classifiers cannot be taken over"
     if exp['head']=='drop': return exp
-    try: names = load_reid(Path(exp['weights']).expanduser()).pid_names
+    try: names = load_reid(exp['weights']).pid_names
     except ValueError as e: raise ValueError(f'head={exp["head"]!r}: {e}. Expected head=drop for this file') from e
     if names or exp['head']=='keep': return exp
     raise ValueError(f'head=match: {exp["weights"]} does not say who its classes are; expected head=drop')
@@ -321,5 +322,5 @@ def check(self:Experiment)->Experiment: # Itself
     if weights in ('imagenet','none') and self['head']!='drop': raise ValueError(
         f'head={self["head"]!r} with weights={weights!r}: there are no identities to {self["head"]}; expected a file of weights')
     if weights in ('imagenet','none'): return self
-    if Path(weights).expanduser().is_file(): return _check_head(self)
-    raise ValueError(f'weights={weights!r}: expected imagenet, none, or a file, and there is no such file')
+    if weights_file(weights).is_file(): return _check_head(self)
+    raise ValueError(f'weights={weights!r}: expected imagenet, none, a file or a published folder, and there is no such file')

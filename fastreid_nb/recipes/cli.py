@@ -163,7 +163,7 @@ def reid_eval(
     model = open_model(checkpoint, backbone, size).to(device)
     data = read_data(path, regex, test_frac, seed).check(skip_bad, progress=has_screen())
     _say(data)
-    dtype = _precisions[precision] or best_dtype(device, training=False)
+    dtype = _precisions[precision] or best_dtype(device, False, model)
     res = evaluate_data(model, data, num_workers=workers, dtype=dtype, qe=qe, rerank=rerank)
     if sure := _how_sure(res): _say('', sure)
     _leave(res, out)

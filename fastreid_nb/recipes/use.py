@@ -19,6 +19,7 @@ with warnings.catch_warnings():
 import torch
 from ..data.files import has_screen
 from ..heads.model import reid_model
+from ..backbone.weights import weights_file
 from ..heads.speed import best_dtype
 from ..eval.inference import evaluate_data
 from ..eval.intervals import compare
@@ -54,8 +55,8 @@ def _check_precision(name):
 
 # %% ../../nbs/15i_recipes.use.ipynb #08ef6cb6
 def _check_weights(weights):
-    if weights in ('imagenet','none') or Path(weights).expanduser().is_file(): return
-    raise ValueError(f'weights {weights!r}: expected imagenet, none, or a file, and there is no such file')
+    if weights in ('imagenet','none') or weights_file(weights).is_file(): return
+    raise ValueError(f'weights {weights!r}: expected imagenet, none, a file or a published folder, and there is no such file')
 
 def check_options(
     given:dict, # Name of an option to what came; None or '' where nothing did

@@ -140,7 +140,7 @@ def _precision(learn):
     "Precision of the forward pass of a learner"
     amp = getattr(learn, 'mixed_precision', None)
     if amp is None: return torch.float32
-    return getattr(amp, 'dtype', None) or best_dtype(learn.dls.device)
+    return getattr(amp, 'dtype', None) or best_dtype(learn.dls.device, model=learn.model)
 
 def _learner(learn, dls, cbs):
     "A learner like `learn` for the head on `dls`; it is as silent as `learn`"

@@ -19,7 +19,7 @@ from .. import __version__
 from torch import nn
 from ..data.files import atomic_path, check_choice, check_number, read_torch
 from ..data.preproc import Preproc
-from ..backbone.weights import as_state, bare_module, bare_names, fill_network, is_features, project_of, states_in
+from ..backbone.weights import as_state, bare_module, bare_names, fill_network, is_features, project_of, states_in, weights_file
 from ..heads.core import ReIDOut
 from ..heads.model import ReIDModel
 from ..heads.rebuild import model_from_recipe
@@ -128,7 +128,7 @@ _parts = dict(state=dict, preproc=dict, pids=(list,tuple), test_on=(str,type(Non
 
 def _read_checkpoint(path):
     "A checkpoint whose parts are all there"
-    if Path(path).is_dir() and (Path(path)/'model.pt').is_file(): path = Path(path)/'model.pt'   # a published model
+    path = weights_file(path)
     ck = read_torch(path, 'a model (a checkpoint of save_reid)')
     if not is_ours(ck): raise ValueError(_not_ours(ck, path))
     who,advice = _who(ck, path)

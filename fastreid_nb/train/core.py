@@ -55,7 +55,7 @@ class Amp(MixedPrecision):
     def before_fit(self):
         self.undo()
         device = next(self.model.parameters()).device
-        dtype = self.dtype or best_dtype(device)
+        dtype = self.dtype or best_dtype(device, model=self.model)
         if dtype==torch.float16 and device.type!='cuda':
             raise ValueError(f'float16 on {device.type}: expected bfloat16 or float32; float16 needs CUDA')
         self.learn.scaler,self.scales = torch.amp.GradScaler(device.type, enabled=dtype==torch.float16),L()
@@ -341,7 +341,7 @@ def reid_learner(
         model.preproc,model.pids = _built_preproc(model.backbone, dls.preproc),list(dls.pids)
     dls = share_preproc(model, dls)
     check_classes(model, len(dls.pids))
-    speed = fastest(dls.device) if dtype is None else Speed(dtype)
+    speed = fastest(dls.device, model=model) if dtype is None else Speed(dtype)
     model,loss = model.to(dls.device, memory_format=speed.memory_format),loss or reid_loss()
     own = params(loss.to(dls.device)) if isinstance(loss, nn.Module) else []
     groups = [later('ParamGroups')()] if own else []   # no decay of what a loss learns

@@ -212,7 +212,7 @@ def _precision(learn):
     "Name of the precision of the forward pass; '' without `Amp`"
     amp = getattr(learn, 'mixed_precision', None)
     if not isinstance(amp, Amp): return ''
-    return str(amp.dtype or best_dtype(next(learn.model.parameters()).device)).removeprefix('torch.')
+    return str(amp.dtype or best_dtype(next(learn.model.parameters()).device, model=learn.model)).removeprefix('torch.')
 
 def _set_precision(learn, name):
     "Run the forward pass in the precision that was measured when the run began"
@@ -349,7 +349,7 @@ def _opt_of(learn):
 
 # %% ../../nbs/06h_train.state.ipynb #006306h
 _quiet = ('Recorder','ProgressCallback','HeedSignals','Resumable', # callbacks that change nothing that is learned
-    'CSVLogger','EpochLog','TensorBoardCallback','WandbCallback')
+    'CSVLogger','EpochLog','TensorBoardLog','TensorBoardCallback','WandbCallback')
 
 def settings_of(
     learn:Learner, # At the start of a fit
