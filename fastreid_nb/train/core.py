@@ -20,9 +20,9 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.imports import noop
-from fastai.learner import Learner
+from fastai.learner import AvgSmoothLoss, Learner
 from fastai.optimizer import Adam, OptimWrapper
-from fastai.torch_core import params
+from fastai.torch_core import params, to_detach
 from fastcore.foundation import L
 from torch import nn
 from ..data.files import check_number, has_screen, later
@@ -143,6 +143,7 @@ class ReIDLearner(Learner):
         finally:
             for o in [*self.cbs, *cbs]:
                 if 'undo' in dir(type(o)): o.undo()
+            if hasattr(self, 'recorder'): self.recorder.losses = [o.cpu() for o in getattr(self.recorder, 'losses', [])]
 
     @contextmanager
     def lines(self):
@@ -314,6 +315,13 @@ def check_classes(
     raise ValueError(f'the head of the model has {" and ".join(map(str, sorted(found)))} classes, the data {n_pids} '
         f'identities: was the model made for other data? Build it with n_pids={n_pids}, or give it a new head')
 
+# %% ../../nbs/06_train.ipynb #55747b3e
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's average of the losses, kept on their device"
+    def accumulate(self, learn):
+        loss = to_detach(learn.loss.mean(), cpu=False)
+        self.count,self.val = self.count+1,torch.lerp(loss, self.val.to(loss.device), self.beta)
+
 # %% ../../nbs/06_train.ipynb #deff8b7c
 def reid_learner(
     dls:DataLoaders, # From `reid_dls`
@@ -346,5 +354,7 @@ def reid_learner(
     own = params(loss.to(dls.device)) if isinstance(loss, nn.Module) else []
     groups = [later('ParamGroups')()] if own else []   # no decay of what a loss learns
     cbs = [*(o() for o in reid_cbs), later('ScoreReID')(), later('WatchLoss')(), Amp(dtype), *groups, *L(cbs)]
-    return ReIDLearner(dls, model, loss, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=True, train_bn=False,
+    learn = ReIDLearner(dls, model, loss, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=True, train_bn=False,
         splitter=partial(reid_splitter, loss=loss), cbs=cbs, path=path)
+    learn.recorder.smooth_loss = SmoothLoss()
+    return learn
