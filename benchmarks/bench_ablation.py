@@ -19,7 +19,7 @@ thrice = 'baseline','+ IBN','+ cosine'
 
 def steps_of(n): return f'schedule={{fn: fit_warmup_steps, milestone_epochs: [{n//3}, {n*3//4}], warmup_iters: null, warmup_epochs: {n/10:g}}}'
 sets = dict(toy=dict(epochs=10, n_iters=240, more=['sampler.k=4','preproc.size=[64, 32]','data.train={fn: toy_reid, n_ids: 256, size: [64, 32], progress: false}']),
-    vehicle2cam=dict(epochs=24, n_iters=408, more=['sampler.k=2','preproc.size=[64, 64]','data.train=from_csv']))
+    vehicle2cam=dict(epochs=24, n_iters=408, more=['sampler.k=2','preproc.size=[64, 64]','data.train=from_csv','precision=bfloat16']))
 
 def rows(name):
     "Label, changes of an experiment and seeds of every run on a set"

@@ -28,7 +28,7 @@ makers = {
     'centroid':lambda: CentroidLoss(n_pids, n_feat), 'centroid hardest':lambda: CentroidLoss(n_pids, n_feat, by='hardest')}
 with_memory = [k for k in makers if k.split()[0] in ('center','queue','centroid')]
 every = pytest.mark.parametrize('name', makers)
-quiet = pytest.mark.filterwarnings('ignore:all .* images of the batch')
+quiet = pytest.mark.filterwarnings('ignore:all .* images of a batch')
 
 def batch(pid=None, seed=0, scale=1., device='cpu', dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
@@ -88,11 +88,11 @@ def test_quadruplet_against_a_loop(pid, dist):
 @quiet
 def test_contrastive_against_a_loop(pid, dist):
     out,pid = batch(pid)
-    d = dists(out.feat.detach(), 'unit' if dist=='cosine' else dist)
+    d,margin = dists(out.feat.detach(), 'unit' if dist=='cosine' else dist),1.5 if dist=='cosine' else 3.
     pairs = [(i, j) for i in range(len(pid)) for j in range(i)]
-    pull,push = [d[i,j]**2 for i,j in pairs if pid[i]==pid[j]],[max(0., 3-d[i,j])**2 for i,j in pairs if pid[i]!=pid[j]]
+    pull,push = [d[i,j]**2 for i,j in pairs if pid[i]==pid[j]],[max(0., margin-d[i,j])**2 for i,j in pairs if pid[i]!=pid[j]]
     want = sum(pull)/max(1, len(pull))/2 + sum(push)/max(1, len(push))/2
-    assert abs(ContrastiveLoss(3., dist)(out, pid).item()-float(want))<1e-4
+    assert abs(ContrastiveLoss(margin, dist)(out, pid).item()-float(want))<1e-4
 
 @pytest.mark.parametrize('circle', [False,True])
 @pytest.mark.parametrize('gamma', [1.,16.])
@@ -239,7 +239,42 @@ def test_a_label_outside(name):
 @pytest.mark.parametrize('name', ['hard','weighted','contrastive','quadruplet','pair cosface','pair circle'])
 def test_one_identity_is_said(name):
     out,pid = batch([4,4,4])
-    with pytest.warns(UserWarning, match="identity 4: no negative for"): makers[name]()(out, pid)
+    with pytest.warns(UserWarning, match="one identity: no negative for"): makers[name]()(out, pid)
+
+@pytest.mark.parametrize('name', ['hard','weighted','contrastive','quadruplet'])
+def test_nobody_twice_is_said(name):
+    out,pid = batch([0,1,2])
+    with pytest.warns(UserWarning, match='different identities: no positive for'): makers[name]()(out, pid)
+
+@pytest.mark.parametrize('make', [lambda: TripletLoss(5, 'cosine'), lambda: ContrastiveLoss(2.5), lambda: QuadrupletLoss(4.5, 1, 'cosine')])
+def test_margins_that_no_distance_reaches(make):
+    with pytest.raises(ValueError, match='margin=.*: expected 0 to [24]'): make()
+
+@pytest.mark.parametrize('make', [lambda: CenterLoss(18, 1), lambda: CenterLoss(18, 5), lambda: QueueLoss(5, 16), lambda: CentroidLoss(18, 5)])
+def test_memories_of_another_width(make):
+    out,pid = batch()
+    with pytest.raises(ValueError, match='made for n_feat=., and the model gives'): make()(out, pid)
+
+@pytest.mark.parametrize('name', ['ce','hard','queue','centroid','center'])
+def test_labels_of_32_bits(name):
+    out,pid = batch()
+    assert makers[name]()(out, pid.int())==makers[name]()(out, pid)
+
+def test_a_bad_row_does_not_stay():
+    "One feature that is not finite, then a clean batch: memories are as if the row had not been"
+    out,pid = batch()
+    bad = out._replace(emb=out.emb.detach().clone())
+    bad.emb[0,0] = torch.nan
+    queue,centroid = QueueLoss(out.emb.shape[1], 64),CentroidLoss(9, out.emb.shape[1])
+    assert not queue(bad, pid).isfinite()
+    assert queue.queue.pids[0]==-1 and torch.equal(queue.queue.pids[1:len(pid)], pid[1:])
+    centroid.memory.move(out.emb.detach(), pid)
+    alone = CentroidLoss(9, out.emb.shape[1])
+    alone.load_state_dict(centroid.state_dict())
+    centroid.memory.move(bad.emb, pid)
+    alone.memory.move(bad.emb[1:], pid[1:])
+    assert torch.allclose(centroid.memory.vecs, alone.memory.vecs) and centroid.memory.vecs.isfinite().all()
+    assert queue(out, pid).isfinite() and centroid(out, pid).isfinite()
 
 @every
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])

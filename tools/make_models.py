@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from fastcore.script import call_parse
 from fastreid_nb.all import *
+from fastreid_nb.recipes.cli import reid_demo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'))
 
@@ -13,30 +14,28 @@ photographed = 'Apache-2.0 (vehicle2cam: Vehicle-Re-ID-Dataset of Khoa-Nguyen-Tr
 vehicles = '''To rank images of vehicles, taken by two fixed cameras at a road, by how likely they show the same vehicle as a query.
 It learnt 284 vehicles of one place. Measure it on images of your own before you rely on it.'''
 
-def people():
-    "Data and learner of `reid demo`"
-    data = toy_reid(progress=False)
-    learn = reid_learner(reid_dls(data, size=(128,64)), resnet18_ibn)
-    with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(10, 1e-3)
-    return data,learn
+def people(tmp):
+    "Data and checkpoint of `reid demo`"
+    reid_demo(out=tmp/'demo')
+    return toy_reid(progress=False),tmp/'demo'/'model.pt'
 
-def cars(pretrained):
-    "Data and learner of the benchmarks `real` and `cached`"
+def cars(pretrained, tmp):
+    "Data and checkpoint of the benchmarks `real` and `cached`"
     import bench_cached, bench_real
     data = bench_real.vehicle2cam()
-    if not pretrained: return data,bench_real.trained(data, 0, **bench_real.vehicle)[0]
     head,fit = bench_cached.ways['full fine-tuning']
-    learn = bench_cached.learner(data, head, 0)
-    with learn.no_bar(), learn.no_logging(): fit(learn)
-    return data,learn
+    learn = bench_cached.learner(data, head, 0) if pretrained else bench_real.trained(data, 0, **bench_real.vehicle)[0]
+    if pretrained:
+        with learn.no_bar(), learn.no_logging(): fit(learn)
+    learn.save_reid(tmp/'model.pt')
+    return data,tmp/'model.pt'
 
 def write(out, name, train, licence, use=''):
-    "Train and publish one model"
+    "Train and publish one model, and score what was published"
     if (out/name/'README.md').exists(): return print(f'{name}: is there')
-    data,learn = train()
     with TemporaryDirectory() as tmp:
-        learn.save_reid(Path(tmp)/'model.pt')
-        publish(Path(tmp)/'model.pt', data, out/name, licence, name=name, use=use, progress=False)
+        data,model = train(Path(tmp))
+        publish(model, data, out/name, licence, name=name, use=use, progress=False)
     print(f'{name}: {evaluate_data(load_reid(out/name), data, progress=False).mAP:.3f}', flush=True)
 
 @call_parse

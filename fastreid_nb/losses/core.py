@@ -37,6 +37,8 @@ def smooth_cross_entropy(
 )->torch.Tensor: # Mean over the batch, a scalar
     "Cross entropy against a target that is only almost sure"
     check_labels(pid)
+    check_choice('spread', spread, ('all','others'))
+    if not isinstance(eps, torch.Tensor): check_number('eps', eps, 0, 1)
     logp = logits.log_softmax(1)
     right,n = logp.gather(1, pid[:,None])[:,0],logits.shape[1]
     rest = logp.mean(1) if spread=='all' else (logp.sum(1)-right)/max(n-1, 1)
@@ -98,6 +100,12 @@ class LossTerm(nn.Module):
     ):
         "Refuse what the term cannot be computed on"
 
+    def check_fit(self,
+        model:nn.Module, # Model to be trained
+        n_pids:int, # Identities in training
+    ):
+        "Refuse a fit that the term cannot be used in, before its first step"
+
     def inputs(self,
         out:ReIDOut, # Outputs of a model in training
         pid:torch.Tensor, # Identity of each image, (B,) int64
@@ -111,6 +119,7 @@ class LossTerm(nn.Module):
         camid:torch.Tensor=None, # Cameras, not used
     )->torch.Tensor: # Scalar, at least float32
         lo,hi = _check_batch(out, pid)
+        pid = pid.long()
         xs = self.inputs(out, pid)
         self.check([o[0] for o in xs], pid, lo, hi)
         with full_digits(pid): return torch.stack([self.loss(*o, pid) for o in xs]).mean()
@@ -146,6 +155,8 @@ class ReIDLoss(nn.Module):
     ):
         super().__init__()
         if not terms: raise ValueError('ReIDLoss needs at least one term, such as CrossEntropy()')
+        odd = [o for o in terms if not callable(o)]
+        if odd: raise ValueError(f'{odd[0]!r} is no term of a loss: expected functions or modules, each an argument of its own')
         self.terms,self.mods = terms,nn.ModuleList(t for t in terms if isinstance(t, nn.Module))
         names = [getattr(t, 'name', None) or getattr(t, '__name__', type(t).__name__) for t in terms]
         seen,many = Counter(),Counter(names)
@@ -159,9 +170,14 @@ class ReIDLoss(nn.Module):
         pid:torch.Tensor, # Identity of each image, (B,) int64
         camid:torch.Tensor=None, # Cameras, (B,) int64
     )->torch.Tensor: # Scalar
-        vals = [t(out, pid, camid) for t in self.terms]
+        vals = [self._scalar(n, t(out, pid, camid)) for n,t in zip(self.names, self.terms)]
         self.parts = {n:v.detach() for n,v in zip(self.names, vals)}
         return sum(getattr(t, 'weight', 1.)*v for t,v in zip(self.terms, vals))
+
+    def _scalar(self, name, val):
+        if isinstance(val, torch.Tensor) and val.numel()==1: return val
+        what = f'a tensor of shape {tuple(val.shape)}' if isinstance(val, torch.Tensor) else f'a {type(val).__name__}'
+        raise ValueError(f'the term {name!r} gave {what}: expected a tensor with one number')
 
     def __getitem__(self,
         name:str, # One of `names`

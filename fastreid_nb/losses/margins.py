@@ -10,6 +10,7 @@ __all__ = ['cosface_logits', 'arcface_logits', 'circle_logits', 'CosFace', 'Circ
 # %% ../../nbs/05a_losses.margins.ipynb #815e64fc
 import math, torch
 from ..data.files import check_number
+from ..heads.core import Classifier
 from .core import CrossEntropy, check_labels
 
 # %% ../../nbs/05a_losses.margins.ipynb #1884cd55
@@ -75,6 +76,11 @@ class MarginCrossEntropy(CrossEntropy):
         self.margin = check_number('margin', margin, 0, self.most)
         if check_number('scale', scale, 0)==0: raise ValueError('scale=0: expected a factor above 0, such as 64')
         self.scale = scale
+
+    def check_fit(self, model, n_pids):
+        super().check_fit(model, n_pids)
+        if any(not o.cosine for o in model.modules() if isinstance(o, Classifier)): raise ValueError(
+            f'{type(self).__name__} needs a head that gives cosines: build it with cosine=True')
 
     def check(self, xs, pid, lo, hi):
         super().check(xs, pid, lo, hi)

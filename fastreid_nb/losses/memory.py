@@ -15,10 +15,11 @@ from .core import LossTerm, check_labels
 from .similarity import unified_loss
 
 # %% ../../nbs/05d_losses.memory.ipynb #c8db78cb
-def one_output(xs, who):
-    "Refuse a model of several parts, which would need one memory for each"
+def one_output(xs, who, n_feat=None):
+    "Refuse a model of several parts, which would need one memory for each, and features of another size"
     if len(xs)>1: raise ValueError(f'{who} remembers one output, but the model gives {len(xs)} parts: '
         'choose another `on`, or use one term for each part')
+    if n_feat not in (None,xs[0].shape[1]): raise ValueError(f'{who} was made for n_feat={n_feat}, and the model gives {xs[0].shape[1]}')
 
 def known_pid(hi, n, who):
     "Refuse a label beyond the `n` rows that a memory has; `hi` as from `_label_range`"
@@ -36,10 +37,13 @@ class CenterLoss(LossTerm):
     ):
         super().__init__(weight)
         self.on = check_choice('on', on, ('feat','emb'))
-        self.centers = nn.Parameter(torch.zeros(check_number('n_pids', n_pids, 1, whole=True), n_feat))
+        self.centers = nn.Parameter(torch.zeros(*(check_number(k, o, 1, whole=True) for k,o in dict(n_pids=n_pids, n_feat=n_feat).items())))
+
+    def check_fit(self, model, n_pids):
+        if n_pids>len(self.centers): raise ValueError(f'CenterLoss was made for {len(self.centers)} identities, and there are {n_pids}')
 
     def check(self, xs, pid, lo, hi):
-        one_output(xs, 'CenterLoss')
+        one_output(xs, 'CenterLoss', self.centers.shape[1])
         known_pid(hi, len(self.centers), 'CenterLoss')
 
     def loss(self, x, pid): return (x-self.centers.index_select(0, pid)).pow(2).sum(1).mean()/2
@@ -53,6 +57,7 @@ class FeatureQueue(nn.Module):
     ):
         super().__init__()
         self.size = check_number('size', size, 1, whole=True)
+        check_number('n_feat', n_feat, 1, whole=True)
         self.register_buffer('feats', torch.zeros(size, n_feat))
         self.register_buffer('pids', torch.full((size,), -1))
         self.register_buffer('next', torch.zeros(1, dtype=torch.long))
@@ -62,11 +67,12 @@ class FeatureQueue(nn.Module):
         x:torch.Tensor, # Features, (B,C); the last `size` of them are kept
         pid:torch.Tensor, # Identity of each row, (B,) int64
     )->torch.Tensor: # Where they are now, (min(B,size),) int64
-        "Overwrite the oldest features with `x`"
-        x,pid = x[-self.size:],pid[-self.size:]
+        "Overwrite the oldest features with `x`; a row that is not finite becomes an empty place"
+        x,pid = F.normalize(x[-self.size:].detach()),pid[-self.size:]
+        ok = x.isfinite().all(1)
         at = (self.next+torch.arange(len(x), device=x.device))%self.size
-        self.feats.index_copy_(0, at, F.normalize(x.detach()).to(self.feats.dtype))
-        self.pids.index_copy_(0, at, pid)
+        self.feats.index_copy_(0, at, torch.where(ok[:,None], x, 0.).to(self.feats.dtype))
+        self.pids.index_copy_(0, at, torch.where(ok, pid, -1))
         self.next.copy_((self.next+len(x))%self.size)
         return at
 
@@ -86,11 +92,12 @@ class QueueLoss(LossTerm):
     ):
         super().__init__(weight)
         self.margin,self.gamma = check_number('margin', margin, 0, 1),check_number('gamma', gamma, 0)
+        if gamma==0: raise ValueError('gamma=0: expected more, such as 32')
         self.on,self.circle = check_choice('on', on, ('feat','emb')),circle
         self.skip,self.queue = check_choice('skip', skip, ('self','first')),FeatureQueue(n_feat, size)
 
     def check(self, xs, pid, lo, hi):
-        one_output(xs, 'QueueLoss')
+        one_output(xs, 'QueueLoss', self.queue.feats.shape[1])
         if len(pid)>self.queue.size: raise ValueError(f'a batch of {len(pid)} does not fit a queue of {self.queue.size}')
 
     def loss(self, x, pid):
@@ -114,19 +121,21 @@ class Centroids(nn.Module):
         by:str='mean', # What it follows: the 'mean' of the features in a batch, or the 'hardest' of them
     ):
         super().__init__()
-        check_number('n', n, 1, whole=True)
+        for k,o in dict(n=n, n_feat=n_feat).items(): check_number(k, o, 1, whole=True)
         if check_number('momentum', momentum, 0, 1)==1: raise ValueError('momentum=1: the centroids would never move')
         self.momentum,self.by = momentum,check_choice('by', by, ('mean','hardest'))
         self.register_buffer('vecs', torch.zeros(n, n_feat))
         self.register_buffer('seen', torch.zeros(n, dtype=torch.bool))
 
     def _goal(self, x, pid):
-        "What the centroid of each row follows, (B,C)"
-        same = pid[:,None]==pid
+        "What the centroid of each row follows, (B,C), and from how many rows; those that are not finite are left out"
+        ok = x.isfinite().all(1)
+        x,same = torch.where(ok[:,None], x, 0.),(pid[:,None]==pid) & ok
         if self.by=='hardest':
             sim = (x*self.vecs.index_select(0, pid)).sum(1)
             same &= sim<=torch.where(same, sim, torch.inf).amin(1, keepdim=True)
-        return same.to(x.dtype)@x/same.sum(1, keepdim=True)
+        n = same.sum(1, keepdim=True)
+        return same.to(x.dtype)@x/n.clamp(min=1),n
 
     @torch.no_grad()
     def move(self,
@@ -134,11 +143,12 @@ class Centroids(nn.Module):
         pid:torch.Tensor, # Identity or cluster of each row, (B,) int64
     ):
         "Let the centroids of the batch follow its features; one seen for the first time starts there"
-        goal = self._goal(F.normalize(x.detach()).to(self.vecs.dtype), pid)
-        keep = torch.where(self.seen.index_select(0, pid), self.momentum, 0.)[:,None]
+        goal,n = self._goal(F.normalize(x.detach()).to(self.vecs.dtype), pid)
+        seen = self.seen.index_select(0, pid)[:,None]
+        keep = torch.where(n==0, 1., torch.where(seen, self.momentum, 0.))
         # rows of one identity write the same value
         self.vecs.index_copy_(0, pid, F.normalize(keep*self.vecs.index_select(0, pid)+(1-keep)*goal))
-        self.seen.index_fill_(0, pid, True)
+        self.seen.index_copy_(0, pid, (seen | (n>0))[:,0])
 
     @torch.no_grad()
     def start(self,
@@ -174,7 +184,7 @@ class CentroidLoss(LossTerm):
         self.memory = Centroids(n, n_feat, momentum, by)
 
     def check(self, xs, pid, lo, hi):
-        one_output(xs, 'CentroidLoss')
+        one_output(xs, 'CentroidLoss', self.memory.vecs.shape[1])
         known_pid(hi, len(self.memory.vecs), 'CentroidLoss')
 
     def loss(self, x, pid):

@@ -55,6 +55,7 @@ def hard_dists(x, pid, squared=False, chooser=None):
 
 def unit_rows(x, dist):
     "`x` with rows of length 1 if `dist` is 'cosine'"
+    check_choice('dist', dist, ('euclidean','cosine'))
     return F.normalize(x, eps=1e-6) if dist=='cosine' else x
 
 def mean_gap(d_ap, d_an, has_neg, margin):
@@ -128,14 +129,20 @@ def batch_weighted_triplet(
 
 # %% ../../nbs/05b_losses.pairs.ipynb #0662c75c
 class PairTerm(LossTerm):
-    "A term on distances between the images of a batch, which says when there is nobody else in it"
+    "A term on distances between the images of a batch, which says when there is nothing to compare"
     def __init__(self, dist, on, weight):
         super().__init__(weight)
         self.dist,self.on = check_choice('dist', dist, ('euclidean','cosine')),check_choice('on', on, ('feat','emb'))
 
     def check(self, xs, pid, lo, hi):
-        if lo is not None and lo==hi: warnings.warn(
-            f'all {len(pid)} images of the batch show identity {lo}: no negative for {self.name!r}')
+        if lo is None: return
+        if lo==hi: warnings.warn(f'all {len(pid)} images of a batch show one identity: no negative for {self.name!r}')
+        elif len(pid.unique())==len(pid): warnings.warn(f'all {len(pid)} images of a batch show different '
+            f'identities: no positive for {self.name!r}')
+
+def check_margin(margin, dist, most, name='margin'):
+    "A margin of 0 or more, and with 'cosine' at most the largest distance there is"
+    return margin if margin is None else check_number(name, margin, 0, most if dist=='cosine' else math.inf)
 
 # %% ../../nbs/05b_losses.pairs.ipynb #cb8953f0
 class TripletLoss(PairTerm):
@@ -151,7 +158,7 @@ class TripletLoss(PairTerm):
         eps:float=0., # Of 'weighted' mining: 0 as published, 1e-6 as fast-reid, where far negatives seem near
     ):
         super().__init__(dist, on, weight)
-        self.margin = margin if margin is None else check_number('margin', margin, 0)
+        self.margin = check_margin(margin, dist, 4)
         self.mining,self.eps = check_choice('mining', mining, ('hard','weighted')),check_number('eps', eps, 0)
         self.chosen_on = check_choice('chosen_on', chosen_on or on, ('feat','emb'))
         if mining=='weighted' and self.chosen_on!=on: raise ValueError(
@@ -191,7 +198,7 @@ class ContrastiveLoss(PairTerm):
         weight:float=1., # Weight in `ReIDLoss`
     ):
         super().__init__(dist, on, weight)
-        self.margin = check_number('margin', margin, 0)
+        self.margin = check_margin(margin, dist, 2)
 
     def loss(self, x, pid): return contrastive_loss(x, pid, self.margin, self.dist)
 
@@ -219,7 +226,7 @@ class QuadrupletLoss(PairTerm):
         weight:float=1., # Weight in `ReIDLoss`
     ):
         super().__init__(dist, on, weight)
-        self.margin,self.margin2 = check_number('margin', margin, 0),check_number('margin2', margin2, 0)
+        self.margin,self.margin2 = check_margin(margin, dist, 4),check_margin(margin2, dist, 4, 'margin2')
 
     def loss(self, x, pid):
         x,squared = unit_rows(x, self.dist),self.dist=='cosine'
