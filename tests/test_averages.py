@@ -9,6 +9,7 @@ from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
 from fastreid_nb.losses.pairs import TripletLoss
 from fastreid_nb.train.averages import EMA, SWA, move_to, precise_bn, swap, tensors_of
 from fastreid_nb.train.core import reid_learner
+from fastreid_nb.train.schedules import FreezeBackbone
 
 def values(model): return [o.clone() for o in tensors_of(model)]
 def same(a, b): return all(torch.equal(x, y) for x,y in zip(a, b))
@@ -202,3 +203,28 @@ def test_clip(learn):
         def before_step(self): seen.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm())
     learn.fit(1, 1e-2, cbs=[GradientClip(.1), Norms()])
     assert max(seen)<=.1001
+
+@pytest.mark.parametrize('cbs', [lambda: [SWA(0), EMA(.9)], lambda: [EMA(.9), EMA(.5)]])
+def test_one_average_at_a_time(learn, cbs):
+    before = values(learn.model)
+    with pytest.raises(ValueError, match='two averages'): learn.fit(1, 1e-2, cbs=cbs())
+    assert same(before, values(learn.model))
+
+def test_frozen_statistics_stay_in_the_mean(learn):
+    before = {k:v.clone() for k,v in learn.model.backbone.state_dict().items()}
+    learn.fit(2, 1e-2, cbs=[FreezeBackbone(), SWA(0, n_bn=5)])
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.backbone.state_dict().items())
+    assert all(o.training or not learn.model.training for o in learn.model.modules())
+
+def test_swa_changes_nothing_in_training(dls):
+    "Dropout draws the same numbers, although statistics are recomputed between the epochs"
+    class Drops(TinyNet):
+        def __init__(self):
+            super().__init__()
+            self.append(nn.Dropout(.5))
+    def run(*cbs):
+        torch.manual_seed(0)
+        l = reid_learner(dls, Drops, dtype=torch.float32)
+        with l.no_bar(), l.no_logging(): l.fit(3, 1e-2, cbs=cbs)
+        return [o.detach().clone() for o in l.model.parameters()]
+    assert same(run(), run(SWA(0, keep='trained', n_bn=3))) and same(run(), run(EMA(.9, keep='trained')))

@@ -15,7 +15,10 @@ from fastreid_nb.heads.parts import pcb
 from fastreid_nb.pooling.core import GeM, GlobalAvgPool
 from fastreid_nb.train.cached import FeatureModel, cached_learner, in_order, pooled_features, train_views
 from fastreid_nb.train.checkpoint import load_reid
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.memory import CenterLoss
 from fastreid_nb.train.core import reid_learner
+from fastreid_nb.train.groups import ParamGroups
 
 class CameraNet(TinyNet):
     n_cams = 6
@@ -157,3 +160,14 @@ def test_a_network_of_timm(data):
     fast.fit_head(1, 1e-2, flip=False)
     a,b = (o.model.head.classifier.weight.cpu() for o in (slow,fast))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+def test_groups_and_centres_come_along(dls):
+    "Centres learn at their own rate, as in a fit with a frozen backbone"
+    def made():
+        loss = ReIDLoss(CrossEntropy(), CenterLoss(len(dls.pids), TinyNet.n_feat))
+        return learner(dls, pool=GlobalAvgPool, loss=loss, cbs=ParamGroups(loss_lr=1000))
+    slow,fast = made(),made()
+    slow.fit_warmup_cos(2, 1e-3, freeze_iters=10**6)
+    fast.fit_head(2, 1e-3, flip=False)
+    a,b = (o.loss_func['center'].centers for o in (slow,fast))
+    assert torch.allclose(a, b, atol=1e-3) and a.abs().max()>.5

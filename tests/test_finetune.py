@@ -3,6 +3,9 @@ import pytest, torch
 from fastai.callback.core import Callback
 
 from fastreid_nb.data.subsets import *
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.memory import CenterLoss
+from fastreid_nb.train.averages import EMA
 from fastreid_nb.train.core import reid_learner
 from fastreid_nb.train.finetune import KeepBest
 from tiny_models import TinyNet, tiny_dls
@@ -79,3 +82,27 @@ def test_what_is_kept_is_forgotten(learn):
     (dict(epochs=1, lr_mult=0),'lr_mult=0'), (dict(epochs=1, patience=0),'patience=0'), (dict(epochs=1.5),'epochs=1.5')])
 def test_bad_settings(learn, kw, match):
     with pytest.raises(ValueError, match=match): learn.fine_tune(**kw)
+
+@pytest.mark.parametrize('kwargs', [dict(start_lr=0), dict(start_lr=float('nan')), dict(num_it=0), dict(start_lr=1., end_lr=.1)])
+def test_trials_of_nonsense(learn, kwargs):
+    with pytest.raises(ValueError, match='expected'): learn.lr_find(**kwargs, show_plot=False)
+
+@pytest.mark.parametrize('kwargs,match', [(dict(freeze_iters=3), 'freeze_epochs instead'), (dict(base_lr=slice(1e-4, 1e-3)), 'base_lr='), (dict(base_lr=0), 'base_lr=0')])
+def test_fine_tuning_of_nonsense(learn, kwargs, match):
+    with pytest.raises(ValueError, match=match): learn.fine_tune(1, **kwargs)
+
+def test_what_keepbest_cannot_choose(learn):
+    with pytest.raises(ValueError, match="expected keep='average'"): learn.fit(1, 1e-3, cbs=[KeepBest(), EMA(keep='trained')])
+    learn.remove_cb(learn.score_reid)
+    with pytest.raises(ValueError, match='no scores to choose by'): learn.fine_tune(1, patience=1)
+
+def test_keepbest_keeps_the_loss(dls):
+    "Centres of the best epoch, as the weights beside them"
+    l = reid_learner(dls, TinyNet, loss=ReIDLoss(CrossEntropy(), CenterLoss(len(dls.pids), TinyNet.n_feat)), dtype=torch.float32)
+    seen = []
+    class Note(Callback):
+        order = 70
+        def after_epoch(self): seen.append((self.learn.reid_result.mAP, self.learn.loss_func['center'].centers.detach().clone()))
+    with l.no_bar(), l.no_logging(): l.fit(4, 3e-2, cbs=[KeepBest(None), Note()])
+    best = max(range(4), key=lambda i: seen[i][0])
+    assert torch.equal(l.loss_func['center'].centers, seen[best][1])

@@ -1,16 +1,19 @@
 "Learning rates against those that fast-reid used, parts in a row, fits by epochs and iterations, and a scheduled loss"
 import json
+from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, SchedNo
 
+from fastreid_nb.heads.core import BNNeckHead
 from fastreid_nb.train.core import reid_learner, reid_loss
+from fastreid_nb.train.groups import FreezeLayers
 from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
 from fastreid_nb.losses.margins import ArcFace
 from fastreid_nb.losses.memory import QueueLoss
 from fastreid_nb.losses.pairs import TripletLoss
-from fastreid_nb.train.schedules import SchedLoss, combine_lengths, fastreid_curve, warmup_flat_cos, warmup_steps
+from fastreid_nb.train.schedules import FreezeBackbone, SchedLoss, combine_lengths, fastreid_curve, warmup_flat_cos, warmup_steps
 from golden_files import golden_files, missing
 from tiny_models import TinyNet
 
@@ -153,7 +156,8 @@ def test_what_cannot_be_scheduled(learn, what, match):
 @pytest.mark.parametrize('term,name,ends', [(ArcFace(), 'arcface', (.1,28)), (TripletLoss(), 'triplet', (.3,-1)), (CrossEntropy(), 'ce', (0,1)), (QueueLoss(8, 16), 'queue', (.2,1.5))])
 def test_values_that_the_term_would_refuse(dls, term, name, ends):
     "Refused before the first step, and whether or not the term has a memory; random numbers stay where they were"
-    l = reid_learner(dls, TinyNet, loss=ReIDLoss(term), dtype=torch.float32)
+    head = partial(BNNeckHead, cosine=name=='arcface')
+    l = reid_learner(dls, TinyNet, head=head, loss=ReIDLoss(term), dtype=torch.float32)
     attr = 'eps' if name=='ce' else 'margin'
     was,rng = getattr(term, attr),torch.get_rng_state()
     with pytest.raises(ValueError, match=f'{name}.{attr} becomes '), l.no_bar(), l.no_logging(): l.fit(1, 1e-3, cbs=SchedLoss(f'{name}.{attr}', SchedLin(*ends)))
@@ -174,3 +178,29 @@ def test_a_schedule_that_gives_no_number(learn):
 def test_only_the_terms_of_a_sum_have_names(dls):
     l = reid_learner(dls, TinyNet, loss=reid_loss().terms[1], dtype=torch.float32)
     with pytest.raises(ValueError, match='expected a ReIDLoss'), l.no_bar(), l.no_logging(): l.fit(1, cbs=SchedLoss('triplet.margin', SchedNo(1,1)))
+
+@pytest.mark.parametrize('cbs', [lambda: [FreezeLayers('backbone.0'), FreezeBackbone()], lambda: [FreezeBackbone(), FreezeLayers('backbone.0')],
+    lambda: [FreezeLayers('backbone.0'), FreezeLayers('backbone.0', 'head.neck')]])
+def test_two_that_freeze_wake_everything(learn, cbs):
+    flags = [p.requires_grad for p in learn.model.parameters()]
+    learn.fit(1, 1e-3, cbs=cbs())
+    assert [p.requires_grad for p in learn.model.parameters()]==flags
+
+@pytest.mark.parametrize('early', [lambda: FreezeBackbone(2), lambda: FreezeLayers('backbone.1', 'backbone.0', n_iters=2)])
+def test_what_another_freezes_sleeps_on(learn, early):
+    "One wakes in the third step, and what both freeze, weights and statistics, is what it was"
+    before = {k:v.clone() for k,v in learn.model.backbone.state_dict().items()}
+    learn.fit_warmup_cos(2, 1e-2, cbs=[early(), FreezeLayers('backbone.0', 'backbone.1')])
+    after = learn.model.backbone.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if k[:2] in ('0.','1.'))
+
+def test_two_schedules_of_one_number(learn):
+    line = dict(start=.1, end=.2)
+    with pytest.raises(ValueError, match="two schedules of 'triplet.margin'"):
+        learn.fit(1, cbs=[SchedLoss('triplet.margin', **line), SchedLoss('triplet.margin', **line)])
+    with pytest.raises(ValueError, match='a term and an attribute'): SchedLoss(3, **line)
+
+@pytest.mark.parametrize('make', [lambda: warmup_flat_cos(-1., 0., .5), lambda: warmup_flat_cos(float('nan'), 0., .5), lambda: warmup_flat_cos(1., 0., .5, end=float('nan')),
+    lambda: fastreid_curve(-1., 9, 10, 20), lambda: fastreid_curve(1., 9, 0), lambda: fastreid_curve(1., 9, 10, -5), lambda: fastreid_curve(1., 9, 10, 20, milestones=[6,3])])
+def test_curves_of_nonsense(make):
+    with pytest.raises(ValueError, match='expected'): make()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation, GradientClip
 from torch import nn
 from tiny_models import TinyNet, thin_resnets
 from fastreid_nb.data.preproc import Preproc
@@ -15,8 +16,10 @@ from fastreid_nb.heads.model import reid_model
 from fastreid_nb.pooling.core import GlobalAvgPool
 from fastreid_nb.train.schedules import FreezeBackbone, warmup_flat_cos
 from fastreid_nb.heads.speed import best_dtype
-from fastreid_nb.losses.core import ReIDLoss
-from fastreid_nb.train.core import reid_learner
+from fastreid_nb.losses.core import CrossEntropy, ReIDLoss
+from fastreid_nb.losses.memory import CenterLoss
+from fastreid_nb.losses.mixes import sbs_loss
+from fastreid_nb.train.core import SparseProgress, reid_learner
 from fastreid_nb.train.checkpoint import load_reid, save_reid
 
 @pytest.fixture(autouse=True)
@@ -320,3 +323,67 @@ def test_a_learning_rate_of_nothing(learn, lr):
 def test_a_learner_without_learning_rate(dls):
     for lr in (0,-1.,float('nan'),float('inf')):
         with pytest.raises(ValueError, match='lr='): reid_learner(dls, TinyNet, lr=lr)
+
+@pytest.mark.parametrize('stop', ['after_backward','before_step'])
+def test_no_gradient_is_left_for_the_next_fit(dls, stop):
+    "A fit that was stopped with gradients in place, then the same fit as by a fresh learner"
+    class Stop(Callback):
+        now = True
+        def __call__(self, name):
+            if self.now and name==stop and self.train_iter==1: raise KeyboardInterrupt
+            super().__call__(name)
+    def run(stopped):
+        l = reid_learner(dls, TinyNet, dtype=torch.float32)
+        start = {k:v.clone() for k,v in l.model.state_dict().items()}
+        with l.no_bar(), l.no_logging():
+            if stopped:
+                with pytest.raises(KeyboardInterrupt): l.fit(1, 1e-2, cbs=Stop())
+                l.model.load_state_dict(start)
+                l.opt,l.model.n_epochs = None,0
+            l.fit(1, 1e-2)
+        return list(l.model.parameters())
+    assert all(torch.equal(a, b) for a,b in zip(run(True), run(False)))
+
+@pytest.mark.parametrize('cb,match', [(GradientAccumulation(30), 'multiple'), (GradientAccumulation(0), 'n_acc=0'), (GradientAccumulation(-24), 'n_acc=-24'), (GradientAccumulation(24_000), 'no step'),
+    (GradientClip(0), 'max_norm=0'), (GradientClip(-1.), 'max_norm=-1'), (GradientClip(float('nan')), 'max_norm=nan')])
+def test_gradients_that_would_be_wrong(learn, cb, match):
+    before = [o.detach().clone() for o in learn.model.parameters()]
+    with pytest.raises(ValueError, match=match): learn.fit(1, 1e-3, cbs=cb)
+    assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
+
+def test_a_margin_needs_cosines(dls):
+    with pytest.raises(ValueError, match='build it with cosine=True'): reid_learner(dls, TinyNet, loss=sbs_loss(), dtype=torch.float32).fit(1, 1e-3)
+
+def test_centres_for_fewer_people(dls):
+    loss = ReIDLoss(CrossEntropy(), CenterLoss(3, TinyNet.n_feat))
+    with pytest.raises(ValueError, match=f'made for 3 identities, and there are {len(dls.pids)}'): reid_learner(dls, TinyNet, loss=loss, dtype=torch.float32).fit(1, 1e-3)
+
+@pytest.mark.parametrize('fit', [lambda l: l.fit_one_cycle(1, -1e-3), lambda l: l.fit_flat_cos(1, -1e-3), lambda l: l.fit_one_cycle(1, float('nan'))])
+def test_rates_of_other_schedules(learn, fit):
+    with pytest.raises(ValueError, match='expected 0 or more'): fit(learn)
+    assert all(o.isfinite().all() for o in learn.model.parameters())
+
+@pytest.mark.parametrize('times', [1,2,3])
+def test_the_term_that_is_no_number_while_gradients_are_collected(dls, times):
+    "Step 7 is named wherever it stands among the batches of a step"
+    n = [0]
+    def breaks(out, pid, camid):
+        n[0] += 1
+        return out.feat.pow(2).mean()*(float('nan') if n[0]==7 else 1.)
+    l = reid_learner(dls, TinyNet, loss=ReIDLoss(CrossEntropy(), breaks), dtype=torch.float32)
+    acc = GradientAccumulation(times*dls.train.p*dls.train.k)
+    with l.no_bar(), l.no_logging(), pytest.raises(ValueError, match='since step 7 .* which began in breaks'): l.fit(6, 1e-3, cbs=acc)
+
+def test_the_bar_asks_seldom(dls):
+    "Two epochs in less than half a second: the loss is fetched once for each of them, not in every step"
+    l = reid_learner(dls, TinyNet, dtype=torch.float32)
+    assert isinstance(l.progress, SparseProgress)
+    shown = []
+    class Bar:
+        def update(self, n): pass
+        comment = property(fset=lambda self, text: shown.append(text))
+    bar = SparseProgress()
+    bar.learn,bar.pbar = l,Bar()
+    l.iter,l.smooth_loss = 0,torch.tensor(1.)
+    for _ in range(5): bar.after_batch()
+    assert shown==['1.0000']

@@ -60,6 +60,8 @@ class Averages(Callback):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
+        if sum(isinstance(o, Averages) for o in self.learn.cbs)>1: raise ValueError('two averages of the weights in one '
+            'fit, each of which would put its own into the model: expected EMA or SWA')
         self.n,self.scores = 0,[float('nan')]*2
         if self.run and self.both and self._rec: self._name_columns(self._rec)
 
@@ -108,7 +110,7 @@ def _score(self:Averages):
     "Scores of the weights that the model holds, in epochs that are scored"
     score = getattr(self.learn, 'score_reid', None)
     if not self.both or not getattr(score, 'due', False): return [float('nan')]*2
-    res = self.learn.evaluate(score.dist, progress=False)
+    with torch.random.fork_rng(devices=[]): res = self.learn.evaluate(score.dist, progress=False)   # a loader draws a number
     return [res.mAP,res.rank(1)]
 
 # %% ../../nbs/06d_train.averages.ipynb #de4d12b8
@@ -151,16 +153,20 @@ def batch_norms(
 
 @contextmanager
 def plain_means(
-    model:nn.Module, # Its BatchNorm layers start anew
+    model:nn.Module, # Its BatchNorm layers start anew, but for frozen ones
 ):
     "Training mode, with running statistics that are plain means; after an error the old ones are back"
     norms,modes = batch_norms(model),[(o,o.training) for o in model.modules()]
+    frozen = [o for o in norms if o.affine and not o.weight.requires_grad]
+    norms = [o for o in norms if o not in frozen]
     old = [(o,o.momentum,[b.clone() for b in o.buffers()]) for o in norms]
     try:
         for o in norms:
             o.reset_running_stats()
             o.momentum = None
-        yield model.train()
+        model.train()
+        for o in frozen: o.eval()
+        yield model
     except BaseException:
         for o,_,buffers in old: swap(list(o.buffers()), buffers)
         raise
@@ -171,14 +177,14 @@ def plain_means(
 # %% ../../nbs/06d_train.averages.ipynb #1e57e8ea
 @torch.no_grad()
 def precise_bn(
-    model:nn.Module, # Its BatchNorm statistics are replaced, nothing else
+    model:nn.Module, # Its BatchNorm statistics are replaced, but for frozen layers, and nothing else
     batches, # Training batches: images, or tuples that begin with images and have the cameras third
     n:int=200, # Batches to use, at most
 ):
     "Recompute the running statistics of BatchNorm as plain means over training batches"
     check_number('n', n, 1, whole=True)
     device,used = next(iter(tensors_of(model)), torch.zeros(0)).device,0
-    with plain_means(model):
+    with plain_means(model), torch.random.fork_rng(devices=[device] if device.type=='cuda' else []):
         for batch in islice(batches, n):
             x,*rest = batch if isinstance(batch, (tuple,list)) else [batch]
             if len(x)<2: raise ValueError('a batch of one image has no variance: expected two images or more')

@@ -9,15 +9,19 @@ __all__ = ['cached_learner']
 
 # %% ../../nbs/06f_train.cached.ipynb #4d8330fd
 import math
+from copy import copy
 import numpy as np, torch
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastcore.basics import patch
+from fastcore.foundation import L
 from torch import nn
 from ..data.files import check_number
 from ..augment.loaders import PKLoader, ReIDLoader, ToFloat
 from ..heads.model import ReIDModel, eval_mode
 from ..heads.speed import Speed, best_dtype
 from .core import ReIDLearner, reid_learner
+from .groups import ParamGroups
 from .schedules import *
 
 # %% ../../nbs/06f_train.cached.ipynb #d6bd4b21
@@ -145,8 +149,9 @@ def _precision(learn):
 def _learner(learn, dls, cbs):
     "A learner like `learn` for the head on `dls`; it is as silent as `learn`"
     dls.data,dls.preproc,dls.pids = learn.dls.data,learn.dls.preproc,learn.dls.pids
+    same = [copy(o) for o in learn.cbs if isinstance(o, (SchedLoss,ParamGroups,GradientClip,GradientAccumulation))]
     head = reid_learner(dls, model=FeatureModel(learn.model), loss=learn.loss_func, opt_func=learn.opt_func,
-        lr=learn.lr, wd=learn.wd, dtype=torch.float32, cbs=cbs, path=learn.path)
+        lr=learn.lr, wd=learn.wd, dtype=torch.float32, cbs=[*same, *L(cbs)], path=learn.path)
     head.logger = learn.logger
     if not hasattr(learn, 'progress'): head.remove_cbs([o for o in head.cbs if o.name=='progress'])
     return head

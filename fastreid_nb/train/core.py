@@ -8,6 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.html.md"""
 __all__ = ['Amp', 'reid_adam', 'reid_loss', 'reid_learner']
 
 # %% ../../nbs/06_train.ipynb #3adca0a8
+import math, time
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -17,12 +18,14 @@ from warnings import warn
 import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import TrackerCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.imports import noop
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.optimizer import Adam, OptimWrapper
-from fastai.torch_core import params, to_detach
+from fastai.torch_core import num_distrib, params, to_detach
 from fastcore.foundation import L
 from torch import nn
 from ..data.files import check_number, has_screen, later
@@ -31,7 +34,7 @@ from ..backbone.resnet import resnet50
 from ..heads.core import BNNeckHead
 from ..heads.model import ReIDModel, plain_tensor, reid_model
 from ..heads.speed import Speed, best_dtype, fastest
-from ..losses.core import CrossEntropy, ReIDLoss
+from ..losses.core import CrossEntropy, LossTerm, ReIDLoss
 from ..losses.pairs import TripletLoss
 
 # %% ../../nbs/06_train.ipynb #ac1232bd
@@ -127,6 +130,31 @@ def class_names(
     df = dls.data.train.drop_duplicates('pid').set_index('pid', drop=False).loc[list(dls.pids)]
     return [f'{a}/{b}' for a,b in zip(df.dsetid, names_in(df))]
 
+# %% ../../nbs/06_train.ipynb #1a03c60e
+def check_classes(
+    model:nn.Module, # Model to be trained
+    n_pids:int, # Identities in training
+):
+    "Refuse a model whose classifiers are made for another number of identities"
+    found = {len(o.weight) for k,o in model.named_modules() if k.split('.')[-1]=='classifier' and hasattr(o, 'weight')}
+    if not found or found=={n_pids}: return
+    raise ValueError(f'the head of the model has {" and ".join(map(str, sorted(found)))} classes, the data {n_pids} '
+        f'identities: was the model made for other data? Build it with n_pids={n_pids}, or give it a new head')
+
+# %% ../../nbs/06_train.ipynb #5050cdf6
+def check_gradients(
+    cb:Callback, # Any callback
+    bs:int, # Images of a batch; 0 if that is not known
+    steps:int, # Batches of the fit
+):
+    "Refuse to collect or to clip gradients in a way that gives wrong ones or none"
+    if isinstance(cb, GradientClip) and check_number('max_norm', cb.max_norm, 0)==0: raise ValueError(
+        'max_norm=0: nothing would be learned; expected above 0')
+    if not isinstance(cb, GradientAccumulation): return
+    n = check_number('n_acc', cb.n_acc, 1, whole=True)
+    if bs and n%bs: raise ValueError(f'n_acc={n} with batches of {bs} images: expected a multiple, such as {math.ceil(n/bs)*bs}')
+    if bs and n>steps*bs: raise ValueError(f'n_acc={n}, and the whole fit sees {steps*bs} images: no step would be made')
+
 # %% ../../nbs/06_train.ipynb #8de56028
 class ReIDLearner(Learner):
     "A `Learner` whose callbacks are undone on every exit from a fit, errors and Ctrl-C included"
@@ -137,6 +165,8 @@ class ReIDLearner(Learner):
         if wd is not None: check_number('wd', wd, 0)
         names = ['train_loss', *(o.name for o in self.metrics), 'mAP', 'rank-1']
         for o in [*self.cbs, *cbs]: check_monitor(o, names)
+        self._check_parts([*self.cbs, *cbs], n_epoch)
+        self._forget_grads()
         self.model.pids,self.model.pid_names = list(getattr(self.dls, 'pids', [])),class_names(self.dls)
         try:
             with self.lines(): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, **kwargs)
@@ -144,6 +174,26 @@ class ReIDLearner(Learner):
             for o in [*self.cbs, *cbs]:
                 if 'undo' in dir(type(o)): o.undo()
             if hasattr(self, 'recorder'): self.recorder.losses = [o.cpu() for o in getattr(self.recorder, 'losses', [])]
+
+    def _check_parts(self, cbs, n_epoch):
+        "Refuse what a fit cannot go well with: people, model, terms of the loss, callbacks"
+        dl,n_pids = self.dls.train,len(getattr(self.dls, 'pids', []))
+        if n_pids==1: raise ValueError('all training images show one identity: expected two or more')
+        if n_pids: check_classes(self.model, n_pids)
+        for o in getattr(self.loss_func, 'terms', []):
+            if n_pids and isinstance(o, LossTerm): o.check_fit(self.model, n_pids)
+        bs = getattr(dl, 'p', 0)*getattr(dl, 'k', 0)//max(num_distrib(), 1)
+        for o in cbs: check_gradients(o, bs, n_epoch*len(dl))
+
+    def _forget_grads(self):
+        "A fit that was stopped may have left gradients, which the first step of the next one would add to its own"
+        mods = [o for o in (self.model,self.loss_func) if isinstance(o, nn.Module)]
+        for p in (p for o in mods for p in o.parameters()): p.grad = None
+
+    def _step(self):
+        lrs = [o['lr'] for o in self.opt.hypers]
+        if not all(o>=0 for o in lrs): raise ValueError(f'a learning rate of {min(lrs)}: expected 0 or more, also from a schedule')
+        super()._step()
 
     @contextmanager
     def lines(self):
@@ -202,13 +252,17 @@ class FiniteLoss(Callback):
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
         device = next(self.model.parameters()).device
-        self.n_steps,self.n_bad,self.bad_parts = 0,torch.zeros((), dtype=torch.int64, device=device),{}
+        self.stepped,self.n_steps,self.n_bad,self.bad_parts = True,0,torch.zeros((), dtype=torch.int64, device=device),{}
     def before_train(self): self.start = self.n_steps
+    def before_batch(self): self.was_stepped,self.stepped = self.stepped,False
+    def after_step(self): self.stepped = True
     def after_batch(self):
         parts = {k:~_finite(v) for k,v in getattr(self.loss_func, 'parts', {}).items()}
         # of the terms those count that were bad where the loss went wrong, not later when the weights are NaN too
         self.bad_parts = {k:torch.where(self.n_bad==0, o, self.bad_parts.get(k, o)) for k,o in parts.items()}
-        self.n_bad = torch.where(_finite(self.loss), 0, self.n_bad+1)
+        # a bad gradient that is still being collected shows only after the next step
+        over = _finite(self.loss) & ((self.n_bad==0) | self.was_stepped)
+        self.n_bad = torch.where(over, 0, self.n_bad+1)
         self.n_steps += 1
         if self.n_steps%self.every==0: self._look(self.every)
 
@@ -304,23 +358,20 @@ def share_preproc(model, dls):
     dls.preproc = model.preproc
     return dls
 
-# %% ../../nbs/06_train.ipynb #1a03c60e
-def check_classes(
-    model:nn.Module, # Model to be trained
-    n_pids:int, # Identities in training
-):
-    "Refuse a model whose classifiers are made for another number of identities"
-    found = {len(o.weight) for k,o in model.named_modules() if k.split('.')[-1]=='classifier' and hasattr(o, 'weight')}
-    if not found or found=={n_pids}: return
-    raise ValueError(f'the head of the model has {" and ".join(map(str, sorted(found)))} classes, the data {n_pids} '
-        f'identities: was the model made for other data? Build it with n_pids={n_pids}, or give it a new head')
-
 # %% ../../nbs/06_train.ipynb #55747b3e
 class SmoothLoss(AvgSmoothLoss):
     "fastai's average of the losses, kept on their device"
     def accumulate(self, learn):
         loss = to_detach(learn.loss.mean(), cpu=False)
         self.count,self.val = self.count+1,torch.lerp(loss, self.val.to(loss.device), self.beta)
+
+class SparseProgress(ProgressCallback):
+    "fastai's bars, whose number changes twice a second instead of in every step"
+    name,shown = 'progress',-math.inf
+    def after_batch(self):
+        if time.monotonic()-self.shown<.5: return self.pbar.update(self.iter+1)
+        super().after_batch()
+        self.shown = time.monotonic()
 
 # %% ../../nbs/06_train.ipynb #deff8b7c
 def reid_learner(
@@ -357,4 +408,6 @@ def reid_learner(
     learn = ReIDLearner(dls, model, loss, opt_func=opt_func, lr=lr, wd=wd, wd_bn_bias=True, train_bn=False,
         splitter=partial(reid_splitter, loss=loss), cbs=cbs, path=path)
     learn.recorder.smooth_loss = SmoothLoss()
+    learn.remove_cb(ProgressCallback)
+    learn.add_cb(SparseProgress())
     return learn

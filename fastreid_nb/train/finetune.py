@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/train.finetune.html.md"""
 __all__ = ['KeepBest']
 
 # %% ../../nbs/06g_train.finetune.ipynb #1717f777
-import re
+import inspect, re
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from fastcore.basics import patch
@@ -17,6 +17,7 @@ from torch import nn
 from ..data.files import check_choice, check_number
 from .core import ReIDLearner, check_lr
 from .schedules import FreezeBackbone
+from .averages import Averages
 
 # %% ../../nbs/06g_train.finetune.ipynb #6f6399df
 @patch
@@ -25,6 +26,12 @@ def lr_find(self:ReIDLearner,
     **kwargs, # As fastai's `lr_find`
 ): # Suggested learning rates
     "fastai's search for a learning rate; model and loss are what they were, after an error or Ctrl-C too"
+    given = inspect.signature(Learner.lr_find).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    start,end,n = (given.arguments[k] for k in ('start_lr','end_lr','num_it'))
+    check_number('num_it', n, 2, whole=True)
+    if not 0<check_number('start_lr', start, 0)<check_number('end_lr', end, 0): raise ValueError(
+        f'start_lr={start}, end_lr={end}: expected two rates above 0, the second larger')
     kept = [o for o in (self.model,self.loss_func) if isinstance(o, nn.Module)]
     was = [{k:v.clone() for k,v in o.state_dict().items()} for o in kept]
     done = False
@@ -38,7 +45,7 @@ def lr_find(self:ReIDLearner,
 
 # %% ../../nbs/06g_train.finetune.ipynb #85858607
 class KeepBest(Callback):
-    "Keep the weights of the epoch in which the validation identities are found best, and end a fit that gets no better"
+    "Keep the weights, those of the loss too, of the epoch in which the validation identities are found best, and end a fit that gets no better"
     order,run_valid = 65,False # after ScoreReID
     def __init__(self,
         patience:int=5, # Epochs without a better score after which the fit ends; None goes to its end
@@ -54,9 +61,14 @@ class KeepBest(Callback):
         data = getattr(self.dls, 'data', None)
         if self.on=='holdout' and not getattr(data, 'held_out', True): raise ValueError(f'KeepBest would choose an epoch '
             f"on the test of {data.name!r}, which is for reporting: train on data.holdout(), or say KeepBest(on='test')")
+        averages = [o for o in self.learn.cbs if isinstance(o, Averages)]
+        if any(o.keep=='trained' for o in averages): raise ValueError("KeepBest keeps the weights that are scored, which are "
+            "the average: expected keep='average'")
+        if not hasattr(self.learn, 'score_reid'): raise ValueError('KeepBest has no scores to choose by: expected ScoreReID among the callbacks')
         self.best,self.best_epoch,self.state = -1.,0,None
         self.result = getattr(self.learn, 'reid_result', None) # of an earlier fit
 
+    def _mods(self): return [o for o in (self.model,self.loss_func) if isinstance(o, nn.Module)]
     def _score(self, result):
         return result.rank(int(self.monitor[5:])) if self.monitor[:5]=='rank-' else getattr(result, self.monitor)
 
@@ -66,11 +78,11 @@ class KeepBest(Callback):
         self.result,score = result,float(self._score(result))
         if score>self.best:
             self.best,self.best_epoch = score,self.epoch
-            self.state = {k:v.detach().clone() for k,v in self.model.state_dict().items()}
+            self.state = [{k:v.detach().clone() for k,v in o.state_dict().items()} for o in self._mods()]
         elif self.patience and self.epoch-self.best_epoch>=self.patience: raise CancelFitException()
 
     def after_fit(self):
-        if self.state: self.model.load_state_dict(self.state)
+        for o,state in zip(self._mods(), self.state or []): o.load_state_dict(state)
         self.undo()
 
     def undo(self):
@@ -91,7 +103,8 @@ def fine_tune(self:ReIDLearner,
     "Train the head while the backbone is frozen, then all of it with a small learning rate for the backbone"
     check_number('epochs', epochs, 0, whole=True)
     check_number('freeze_epochs', freeze_epochs, 0, whole=True)
-    check_lr(base_lr)
+    if check_number('base_lr', base_lr, 0)==0: raise ValueError('base_lr=0: expected above 0')
+    if 'freeze_iters' in kwargs: raise ValueError('fine_tune freezes by epochs: expected freeze_epochs instead of freeze_iters')
     if check_number('lr_mult', lr_mult, 0)==0: raise ValueError('lr_mult=0: expected a factor above 0, such as 100')
     if not epochs+freeze_epochs: raise ValueError('epochs=0 and freeze_epochs=0: nothing would be learned')
     def phase(n, lr, *more):

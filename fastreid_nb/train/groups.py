@@ -149,7 +149,7 @@ class ParamGroups(Callback):
 def param_table(
     learn:Learner, # With `ParamGroups` among its callbacks, or without
     lr:float=None, # Learning rate; by default the learner's
-)->pd.DataFrame: # Columns name, lr, wd, trained; a row for each parameter of the model
+)->pd.DataFrame: # Columns name, lr, wd, trained; a row for each parameter of the model and of the loss
     "Learning rate and weight decay of every parameter"
     if learn.opt is None: learn.create_opt()
     cb = [ParamGroups(), *(o for o in learn.cbs if isinstance(o, ParamGroups))][-1]
@@ -157,7 +157,8 @@ def param_table(
     lr = learn.lr if lr is None else lr
     wd = learn.opt.hypers[-1]['wd'] if learn.wd is None else learn.wd
     rows = []
-    for k,p in learn.model.named_parameters():
+    own_loss = learn.loss_func.named_parameters('loss') if isinstance(learn.loss_func, nn.Module) else []
+    for k,p in [*learn.model.named_parameters(), *own_loss]:
         times,own = cb._numbers(p)
         rows.append(dict(name=k, lr=lr*times, wd=wd if own is None else own, trained=p.requires_grad))
     return pd.DataFrame(rows)

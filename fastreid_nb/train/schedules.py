@@ -49,6 +49,7 @@ def _warmup(start, how):
 
 def _times(lr, factor):
     "`factor` of the position, times `lr`"
+    check_lr(lr)
     return lambda pos: lr*factor(pos)
 
 # %% ../../nbs/06a_train.schedules.ipynb #b5ceec23
@@ -62,6 +63,7 @@ def warmup_flat_cos(
 )->callable: # Position in [0,1] → learning rate
     "Warm-up, a flat part, then a cosine down"
     said = f'warm-up until {warmup:.3g} and flat until {flat:.3g} of training'
+    check_number('end', end, 0)
     if not 0<=warmup<=flat<1: raise ValueError(f'{said}: expected 0 ≤ warm-up ≤ flat < 1')
     scheds = [_warmup(start, how), SchedNo(1., 1.), SchedCos(1., end)]
     return _times(lr, combine_lengths([warmup, flat-warmup, 1-flat], scheds))
@@ -97,6 +99,9 @@ def fastreid_curve(
     how:str='linear', # Form of the warm-up: 'linear', 'exp' or 'constant'
 )->callable: # Position in [0,1] → learning rate
     "fast-reid's learning rate since 2021: warm-up by iterations, the rest by epochs, counted from its end"
+    check_number('epoch_iters', epoch_iters, 1, whole=True)
+    for k,o in dict(warmup_iters=warmup_iters, delay_epochs=delay_epochs, end=end, gamma=gamma).items(): check_number(k, o, 0)
+    if list(milestones or [])!=sorted(milestones or []): raise ValueError(f'milestones={milestones}: expected rising numbers')
     warm,first = _warmup(start, how),max(warmup_iters//epoch_iters, delay_epochs)+1
     T = n_epoch-max(math.ceil(warmup_iters/epoch_iters), delay_epochs)
     if T<=0: raise ValueError(f'{warmup_iters} iterations of warm-up and {delay_epochs} epochs of delay: expected fewer '
@@ -125,8 +130,10 @@ class FreezeBackbone(Callback):
 
     def before_fit(self):
         self.n,self.net = 0,self.model # `model` is gone when `undo` runs after an error
+        self.peers = [o for o in self.learn.cbs if isinstance(o, FreezeBackbone) and o is not self]
         ps,self.nets = self._choose()
-        self.was = [(p,p.requires_grad) for p in ps]
+        held = self._held()
+        self.was = [(p,held.get(p, p.requires_grad)) for p in ps]
         for p,_ in self.was: p.requires_grad_(False).grad = None
 
     def before_train(self):
@@ -139,9 +146,15 @@ class FreezeBackbone(Callback):
     def undo(self):
         "Give the backbone back"
         if not self.was: return
-        for p,flag in self.was: p.requires_grad_(flag)
+        was,self.was,held = self.was,None,self._held()
+        for p,flag in was: p.requires_grad_(flag and p not in held)
         if self.net.training: self._train()
-        self.was = None
+        for o in self.peers:
+            if o.was: o._train(False)
+
+    def _held(self):
+        "What others of this kind freeze in the same fit, and whether it was trained before"
+        return dict(x for o in self.peers for x in o.was or [])
 
     def _train(self, mode=True):
         for o in self.nets: o.train(mode)
@@ -279,10 +292,12 @@ class SchedLoss(Callback):
     ):
         has_line = start is not None and end is not None
         if has_line==(sched is not None): raise ValueError('expected either a schedule, or start and end of a straight line')
-        if what.count('.')!=1: raise ValueError(f"{what!r}: expected a term and an attribute, such as 'triplet.margin'")
+        if not isinstance(what, str) or what.count('.')!=1: raise ValueError(f"{what!r}: expected a term and an attribute, such as 'triplet.margin'")
         self.what,self.sched,self.term = what,SchedLin(start, end) if has_line else sched,None
 
     def before_fit(self):
+        if sum(isinstance(o, SchedLoss) and o.what==self.what for o in self.learn.cbs)>1: raise ValueError(
+            f'two schedules of {self.what!r}: expected one')
         name,attr = self.what.split('.')
         term = _loss_term(self.loss_func, name)
         numbers_ = [k for k,v in vars(term).items() if isinstance(v, numbers.Real) and not isinstance(v, bool)]

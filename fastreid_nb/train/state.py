@@ -348,7 +348,7 @@ def _opt_of(learn):
         lr=[o['lr'] for o in learn.opt.hypers], wd=[o.get('wd', 0) for o in learn.opt.hypers])
 
 # %% ../../nbs/06h_train.state.ipynb #006306h
-_quiet = ('Recorder','ProgressCallback','HeedSignals','Resumable', # callbacks that change nothing that is learned
+_quiet = ('Recorder','ProgressCallback','SparseProgress','HeedSignals','Resumable', # callbacks that change nothing that is learned
     'CSVLogger','EpochLog','TensorBoardLog','TensorBoardCallback','WandbCallback')
 
 def settings_of(
