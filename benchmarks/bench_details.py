@@ -10,7 +10,8 @@ stored = Path(__file__).with_name('details.json')
 sets = dict( # images seen in training, P, K, learning rate
     omniglot_small=(real.omniglot_small, 4800, 16, 4), vehicle2cam=(real.vehicle2cam, 4800, 16, 2))
 details = dict( # what is not the default
-    base={}, pad_10_pixels=dict(pad=10/64), no_erasing=dict(erase=False), smoothing_of_others=dict(ce=partial(CrossEntropy, spread='others')), soft_margin=dict(margin=None),
+    base={}, pad_10_pixels=dict(pad=10/64), no_erasing=dict(erase=False),
+    smoothing_of_others=dict(ce=partial(CrossEntropy, spread='others')), soft_margin=dict(margin=None),
     half_batches=dict(halve=True), double_rate=dict(lr=2e-3))
 
 def run(name, seed, pad=.04, erase=True, ce=CrossEntropy, margin=.3, halve=False, lr=1e-3):

@@ -201,6 +201,7 @@ def test_two_schedules_of_one_number(learn):
     with pytest.raises(ValueError, match='a term and an attribute'): SchedLoss(3, **line)
 
 @pytest.mark.parametrize('make', [lambda: warmup_flat_cos(-1., 0., .5), lambda: warmup_flat_cos(float('nan'), 0., .5), lambda: warmup_flat_cos(1., 0., .5, end=float('nan')),
-    lambda: fastreid_curve(-1., 9, 10, 20), lambda: fastreid_curve(1., 9, 0), lambda: fastreid_curve(1., 9, 10, -5), lambda: fastreid_curve(1., 9, 10, 20, milestones=[6,3])])
+    lambda: fastreid_curve(-1., 9, 10, 20), lambda: fastreid_curve(1., 9, 0), lambda: fastreid_curve(1., 9, 10, -5),
+    lambda: fastreid_curve(1., 9, 10, 20, milestones=[6,3])])
 def test_curves_of_nonsense(make):
     with pytest.raises(ValueError, match='expected'): make()

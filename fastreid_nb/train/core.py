@@ -26,6 +26,7 @@ from fastai.imports import noop
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import num_distrib, params, to_detach
+from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 from ..data.files import check_number, has_screen, later
@@ -175,26 +176,6 @@ class ReIDLearner(Learner):
                 if 'undo' in dir(type(o)): o.undo()
             if hasattr(self, 'recorder'): self.recorder.losses = [o.cpu() for o in getattr(self.recorder, 'losses', [])]
 
-    def _check_parts(self, cbs, n_epoch):
-        "Refuse what a fit cannot go well with: people, model, terms of the loss, callbacks"
-        dl,n_pids = self.dls.train,len(getattr(self.dls, 'pids', []))
-        if n_pids==1: raise ValueError('all training images show one identity: expected two or more')
-        if n_pids: check_classes(self.model, n_pids)
-        for o in getattr(self.loss_func, 'terms', []):
-            if n_pids and isinstance(o, LossTerm): o.check_fit(self.model, n_pids)
-        bs = getattr(dl, 'p', 0)*getattr(dl, 'k', 0)//max(num_distrib(), 1)
-        for o in cbs: check_gradients(o, bs, n_epoch*len(dl))
-
-    def _forget_grads(self):
-        "A fit that was stopped may have left gradients, which the first step of the next one would add to its own"
-        mods = [o for o in (self.model,self.loss_func) if isinstance(o, nn.Module)]
-        for p in (p for o in mods for p in o.parameters()): p.grad = None
-
-    def _step(self):
-        lrs = [o['lr'] for o in self.opt.hypers]
-        if not all(o>=0 for o in lrs): raise ValueError(f'a learning rate of {min(lrs)}: expected 0 or more, also from a schedule')
-        super()._step()
-
     @contextmanager
     def lines(self):
         "One line per epoch in the place of progress bars, where the output is no screen"
@@ -217,6 +198,30 @@ class ReIDLearner(Learner):
         "Add a callback; of two that set the precision the later one is kept"
         if isinstance(cb, MixedPrecision): self.remove_cbs([o for o in self.cbs if isinstance(o, MixedPrecision)])
         return super().add_cb(cb)
+
+# %% ../../nbs/06_train.ipynb #3190a97c
+@patch
+def _check_parts(self:ReIDLearner, cbs, n_epoch):
+    "Refuse what a fit cannot go well with: people, model, terms of the loss, callbacks"
+    dl,n_pids = self.dls.train,len(getattr(self.dls, 'pids', []))
+    if n_pids==1: raise ValueError('all training images show one identity: expected two or more')
+    if n_pids: check_classes(self.model, n_pids)
+    for o in getattr(self.loss_func, 'terms', []):
+        if n_pids and isinstance(o, LossTerm): o.check_fit(self.model, n_pids)
+    bs = getattr(dl, 'p', 0)*getattr(dl, 'k', 0)//max(num_distrib(), 1)
+    for o in cbs: check_gradients(o, bs, n_epoch*len(dl))
+
+@patch
+def _forget_grads(self:ReIDLearner):
+    "A fit that was stopped may have left gradients, which the first step of the next one would add to its own"
+    mods = [o for o in (self.model,self.loss_func) if isinstance(o, nn.Module)]
+    for p in (p for o in mods for p in o.parameters()): p.grad = None
+
+@patch
+def _step(self:ReIDLearner):
+    lrs = [o['lr'] for o in self.opt.hypers]
+    if not all(o>=0 for o in lrs): raise ValueError(f'a learning rate of {min(lrs)}: expected 0 or more, also from a schedule')
+    Learner._step(self)
 
 # %% ../../nbs/06_train.ipynb #27011845
 class PlainTensors(Callback):

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 from ..data.files import check_choice, check_number
-from .core import ReIDLearner, check_lr
+from .core import ReIDLearner
 from .schedules import FreezeBackbone
 from .averages import Averages
 
