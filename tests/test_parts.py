@@ -351,7 +351,7 @@ def test_freezing():
     "A frozen backbone is the trunk and the copies of pretrained stages: no gradient, no step of their statistics"
     model = make('mgn')
     cb,before = FreezeBackbone(1),copy.deepcopy(model.state_dict())
-    cb.learn = type('L', (), dict(model=model))()
+    cb.learn = type('L', (), dict(model=model, cbs=[]))()
     cb.before_fit()
     cb.before_train()
     torch.stack([o.sum() for o in model(batch()).logits]).sum().backward()
