@@ -58,6 +58,7 @@ if processes()>1:
 
 # Two processes train; the same again, and both are killed in the middle of an epoch; two others go on
 killed = fresh.small+'''
+import shutil
 from fastai.callback.training import GradientClip
 rank = int(os.environ['RANK'])
 
@@ -72,13 +73,16 @@ def learner():
     dls = reid_dls(data, (64,32), p, 4, num_workers=0, seed=3)
     loss = ReIDLoss(CrossEntropy(.1), QueueLoss(32, 64, on='feat'))
     return reid_learner(dls, tiny, loss=loss, dtype=torch.float32).across_processes(minutes=1)
-def fit(name, **kw):
+def fit(name, epochs=3, **kw):
     learn = learner()
-    with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(3, 3e-3, cbs=[GradientClip(.5), going := Resumable(f'{out}_{name}', every_iters=2, **kw), Dies()])
+    with learn.no_bar(), learn.no_logging(): learn.fit_warmup_cos(epochs, 3e-3, cbs=[GradientClip(.5), going := Resumable(f'{out}_{name}', every_iters=2, **kw), Dies()])
     return dict(model=learn.model.state_dict(), loss=learn.loss_func.state_dict(), note=going.note)
 again,dying = os.path.isdir(f'{out}_killed'),False
 torch.distributed.init_process_group('gloo')
+if again and not rank: shutil.copytree(f'{out}_killed', f'{out}_forced')
+torch.distributed.barrier()
 torch.save(fit('killed', resume=True) if again else fit('whole'), f'{out}_{"resumed" if again else "whole"}{rank}.pt')
+if again: torch.save(fit('forced', 4, resume=True, force=True), f'{out}_forced{rank}.pt')
 dying = True
 if not again: fit('killed')
 '''
@@ -140,6 +144,9 @@ def test_two_killed_processes_go_on(tmp_path):
         assert whole['note']=='' and 'in epoch 1 of 3 after 2 of 4 batches' in resumed['note']
         for part in ('model','loss'):
             for k,v in whole[part].items(): assert torch.equal(v, resumed[part][k]), k
+    forced = [read(f'forced{rank}') for rank in range(2)]   # longer, so that the epoch begins again, in both
+    assert all(o['note'].endswith('in epoch 1 of 4') for o in forced)
+    for k,v in forced[0]['model'].items(): assert torch.equal(v, forced[1]['model'][k]), k
 
 def test_all_processes_hold_the_same_weights(runs):
     for name in ('all','own_triplets'):

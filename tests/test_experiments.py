@@ -17,7 +17,9 @@ from fastreid_nb.recipes.core import Experiment, shipped
 from fastreid_nb.recipes.ledger import Ledger
 from fastreid_nb.recipes.publish import publish
 from fastreid_nb.recipes.published import recipe_names
-from fastreid_nb.recipes.run import _note
+from fastreid_nb.recipes.run import _note, run_experiment
+from fastreid_nb.eval.inference import evaluate_data
+from fastreid_nb.train.checkpoint import load_reid
 from fastreid_nb.recipes.use import check_options
 from fastreid_nb.weights.load import load_pretrained
 from slow import slow_but
@@ -156,6 +158,67 @@ def test_weights_of_a_published_folder(learner, tmp_path, capsys):
     check_options(dict(weights=str(tmp_path/'out')))
     (tmp_path/'empty').mkdir()
     with pytest.raises(ValueError, match='published folder, and there is no such file'): exp.set(f'weights={tmp_path/"empty"}').check()
+
+def test_cards_say_who_was_in_training(learner, tmp_path):
+    "Whether the people that are scored were learnt is seen by their names, not by a word of the experiment"
+    data = learner.dls.data
+    learner.save_reid(tmp_path/'model.pt')
+    def card_of(folder, scored, **kw): return (publish(tmp_path/'model.pt', scored, tmp_path/folder, 'free', progress=False, **kw)/'README.md').read_text()
+    assert 'none of them in training' in card_of('strangers', data)
+    q = data.train.groupby('pid').head(1)
+    known = replace(data, query=q, gallery=data.train.drop(q.index))
+    assert f'{len(q)} of them in training, so that this says little about strangers' in ' '.join(card_of('known', known).split())
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'README.md').write_text('about something else')
+    with pytest.raises(FileExistsError, match='has a README.md'): card_of('mine', data)
+    assert (tmp_path/'mine'/'README.md').read_text()=='about something else' and 'none of them' in card_of('mine', data, overwrite=True)
+    assert load_reid(tmp_path/'mine').experiment['data']['root']==''
+
+def test_blanks_say_nothing(tmp_path):
+    "An empty value is null, and an empty section leaves that of the base as it is"
+    (tmp_path/'blank.yml').write_text('base: mgn_r50_market1501\nloss:\noptim:\n')
+    blank,full = Experiment.load(tmp_path/'blank.yml'),Experiment.load('mgn_r50_market1501')
+    assert blank['loss']==full['loss'] and blank['optim']==full['optim']
+    assert Experiment({}, [f'{k}=null' for k in ('data','sampler','save','dist','optim','preproc','eval','loss')])==Experiment({})
+
+@pytest.mark.parametrize('change,match', [('loss.triplt=null', 'loss.triplt: there is no such term.*triplet'), ('loss=[CrossEntropy]', 'loss='), ('data.train=[]', 'data.train is empty'),
+    ('data.protocol=foo', 'foo'), ('sampler={p: 1, k: 1}', 'two images or more')])
+def test_values_without_sense(change, match):
+    with pytest.raises(ValueError, match=match): Experiment({}, [change])
+
+def test_terms_may_be_taken_away(tmp_path):
+    assert Experiment({}, ['loss.triplet=null'])['loss']['triplet'] is None
+    (tmp_path/'a.yml').write_text('loss: {ce: CrossEntropy, triplet: TripletLoss}')
+    (tmp_path/'b.yml').write_text('base: a.yml\nloss: {triplt: null}')
+    with pytest.raises(ValueError, match='there is no such term.*triplet'): Experiment.load(tmp_path/'b.yml')
+
+def test_files_that_are_no_experiment(tmp_path):
+    (tmp_path/'l.yml').write_bytes('name: Größe'.encode('latin-1'))
+    with pytest.raises(ValueError, match='l.yml is no text in UTF-8'): Experiment.load(tmp_path/'l.yml')
+    with pytest.raises(FileNotFoundError, match='toy_small'): Experiment.load('toy_smal')
+
+def test_scores_stand_under_the_name_of_the_test(learner, tmp_path):
+    "Two sets are learnt, one of them is scored"
+    made = [toy_reid(tmp_path/o, n_ids=8, size=(64,32), seed=i, progress=False) for i,o in enumerate('ab')]
+    roots = [str(Path(o.train.path[0]).parents[1]) for o in made]
+    sets = [dict(fn='market1501', path=o, name=n) for o,n in zip(roots, 'ab')]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        data, = Experiment(dict(data=dict(train=sets))).read()
+        assert data.name=='a' and data.train.pid.nunique()==made[0].train.pid.nunique()+made[1].train.pid.nunique()
+        with pytest.raises(ValueError, match="two sets are called 'a'"):
+            Experiment(dict(data=dict(train=sets, test=[sets[0], dict(sets[1], name='a')]))).read()
+
+def test_the_best_epoch_is_what_is_reported(tmp_path, learner):
+    "The line of the ledger is about the model that is left"
+    root = Path(learner.dls.data.train.path[0]).parents[1]
+    exp = Experiment.load('toy_small', [*tiny, 'model.backbone={fn: osnet, width: x0_25}', 'epochs=4', 'optim.lr=0.02', 'sampler.p=4', 'sampler.k=4',
+        f'data.train={{fn: market1501, path: {root}}}', 'callbacks=[{fn: KeepBest, on: test, patience: null}]'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        res = run_experiment(exp, tmp_path/'o')
+        left = evaluate_data(load_reid(tmp_path/'o'/'model.pt'), exp.read()[0], progress=False)
+    assert left.mAP==pytest.approx(res.mAP, abs=1e-4)==pytest.approx(Ledger(tmp_path/'ledger.csv').read().mAP.item(), abs=1e-3)
 
 def test_schedules_fit_the_sets(learner, monkeypatch):
     "The lengths of every recipe make sense with the iterations of its set: 202 an epoch on Market-1501, 542 on VERI-Wild"

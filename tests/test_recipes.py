@@ -187,8 +187,23 @@ def test_the_log_of_a_run_that_goes_on(capsys, tmp_path, folder, monkeypatch):
     assert epochs()==[0,1]
     state,_,_ = last_state(tmp_path/'o'/'run')
     write_state(tmp_path/'o'/'run', state|dict(seconds=state['seconds']+3600))
-    assert run('--resume', tmp_path/'o', '--log', 'csv')==0
+    assert run('--resume', tmp_path/'o')==0   # the log goes on without being asked for
     assert epochs()==[0,1,2] and 60<Ledger(tmp_path/'ledger.csv').read().minutes.item()<70
+
+def test_a_forced_run_is_killed_again(capsys, tmp_path, folder, monkeypatch):
+    "From then on it is the run with the new settings, and the ledger says that it was forced"
+    words = 'train', folder, *quick, '--precision', 'float32'
+    def run(*more): return main([str(o) for o in (*words, *more)])
+    after = Resumable.after_epoch
+    def die(self):
+        after(self)
+        raise SystemExit
+    monkeypatch.setattr(Resumable, 'after_epoch', die)
+    with pytest.raises(SystemExit): run('--epochs', 2, '--out', tmp_path/'o')
+    with pytest.raises(SystemExit): run('--epochs', 3, '--resume', tmp_path/'o', '--force')
+    monkeypatch.undo()
+    assert main(['train', '--resume', str(tmp_path/'o')])==0 and 'goes on in epoch 2 of 3' in capsys.readouterr().out
+    assert Ledger(tmp_path/'ledger.csv').read().epochs.item()==3
 
 def test_log_for_tensorboard(capsys, tmp_path, folder):
     words = 'train', folder, *quick, '--log', 'tensorboard', '--out', tmp_path/'o'
@@ -213,7 +228,10 @@ def test_a_killed_run_goes_on(capsys, tmp_path, folder, monkeypatch):
     monkeypatch.undo()
     (tmp_path/'o'/'model_interrupted.pt').unlink()
     assert run('--out', tmp_path/'o')==0 and 'holds a run that did not end' in capsys.readouterr().out
-    assert 'batches.seed: 0 → 5' in says(capsys, 1, *words, '--resume', tmp_path/'o', '--seed', 5)
+    told = main([str(o) for o in (*words, '--resume', tmp_path/'o', '--seed', 5)]),capsys.readouterr()
+    assert told[0]==1 and 'batches.seed: 0 → 5' in told[1].err and '--force' in told[1].err and 'the run goes on with' not in told[1].out
+    says(capsys, 1, 'train', tmp_path/'nowhere', *quick, '--out', tmp_path/'o', '--overwrite')
+    assert last_state(tmp_path/'o'/'run')[0]   # what cannot begin takes nothing away
     assert run('--resume', tmp_path/'o')==0 and 'the run goes on in epoch 1 of 2' in capsys.readouterr().out
     a,b = (load_reid(tmp_path/o/'model.pt').state_dict() for o in ('o-2','o'))
     assert all((a[k]==b[k]).all() for k in a) and not (tmp_path/'o'/'run').exists()

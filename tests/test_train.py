@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger
 from fastai.callback.training import GradientAccumulation, GradientClip
 from torch import nn
 from tiny_models import TinyNet, thin_resnets
@@ -387,3 +388,10 @@ def test_the_bar_asks_seldom(dls):
     l.iter,l.smooth_loss = 0,torch.tensor(1.)
     for _ in range(5): bar.after_batch()
     assert shown==['1.0000']
+
+def test_other_loggers_stand_before_the_bar(dls, tmp_path, monkeypatch):
+    "fastai's CSVLogger gets its lines, on a screen too"
+    monkeypatch.setattr('fastreid_nb.train.core.has_screen', lambda: True)
+    l = reid_learner(dls, TinyNet, dtype=torch.float32, cbs=CSVLogger(tmp_path/'log.csv'))
+    l.fit(2, 1e-3)
+    assert len((tmp_path/'log.csv').read_text().splitlines())==3

@@ -27,7 +27,7 @@ class PlainYAML(yaml.SafeLoader):
         if twice: raise ValueError(f'line {node.start_mark.line+1}: {", ".join(twice)} is said twice')
         return super().construct_mapping(node, deep)
 
-for _tag,_pat,_first in (('null', r'~|null', '~n'), ('bool', r'true|false', 'tf'), ('int', r'[-+]?\d+', '-+0123456789'),
+for _tag,_pat,_first in (('null', r'~|null|', ['~','n','']), ('bool', r'true|false', 'tf'), ('int', r'[-+]?\d+', '-+0123456789'),
         ('float', r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?', '-+.0123456789')):
     PlainYAML.add_implicit_resolver(f'tag:yaml.org,2002:{_tag}', re.compile(rf'(?:{_pat})\Z'), list(_first))
 PlainYAML.add_constructor('tag:yaml.org,2002:int', lambda loader,node: int(node.value))

@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
-from fastai.torch_core import default_device
+from fastai.torch_core import default_device, num_distrib
 from fastcore.basics import noop, patch
 from fastcore.foundation import L
 from torch import nn
@@ -95,11 +95,11 @@ def _own_names(sets):
         'expected sets of different names, such as {fn: market1501, path: …, name: mine}')
 
 def _join(test, trains):
-    "Data to train on `trains` and to test on `test`, one of them or not"
+    "Data to train on `trains` and to test on `test`, one of them or not; it is called as what is scored"
     data = test if any(o is test for o in trains) else replace(test, train=test.train[:0])
     for o in trains:
         if o is not test: data = data+o
-    return data
+    return replace(data, name=test.name)
 
 # %% ../../nbs/15a_recipes.build.ipynb #09256f80
 @patch
@@ -132,7 +132,7 @@ def dls(self:Experiment,
     data:ReIDData, # The first that `read` gave
 )->DataLoaders: # As from `reid_dls`
     "Loaders as the experiment says"
-    p = self['sampler.p'] or min(16, max(2, data.train.pid.nunique()))
+    p = self['sampler.p'] or min(16, max(2, data.train.pid.nunique()//max(1, num_distrib())))
     tfms = [called(o, 'batch_aug')() for o in self['batch_augs']]
     return reid_dls(data, self['preproc.size'], p, self['sampler.k'], augs=_augs(self, TableImages(data.train)), preproc=_preproc(self),
         val_bs=self['sampler.val_bs'], num_workers=self['workers'], seed=self['seed'], batch_tfms=tfms or None,

@@ -192,8 +192,7 @@ def reid_recipes(
     if name: return _say(Experiment.load(name))
     table = recipe_table().drop(columns='hash')
     for o in ('rank-1','mAP','mINP'): table[o] = table[o].map(lambda v: '' if v!=v or v is None else f'{100*v:.1f}')
-    table['run here'] = table['mAP'].map(lambda o: 'no' if o else '')
-    _say(table.to_string(), '', 'Scores in percent as published, of runs elsewhere; reid train --config NAME FOLDER_OF_SETS trains one.')
+    _say(table.to_string(), '', 'Scores in percent as published, of runs elsewhere, and none of them was run here; reid train --config NAME FOLDER_OF_SETS trains one.')
 
 # %% ../../nbs/15j_recipes.cli.ipynb #f1fdf0d1
 def _first_line(o): return '' if isinstance(o, list) else (inspect.getdoc(o) or '').partition('\n')[0]
@@ -223,13 +222,14 @@ def reid_publish(
     test_frac:float=1., # Share of identities to test on when the data has no split, in (0,1]
     seed:int=0, # Of the choice of queries
     workers:int=None, # Processes that read images; by default one per core
+    overwrite:bool=False, # Replace a README.md that is in the folder?
     out:str='reid_publish', # Folder for weights, card and experiment
 ):
     "Write weights and card of a model, for others"
     check_options(locals())
     if not data_licence: raise ValueError('data_licence is missing: say under which licence the images were (option --data-licence)')
     data = read_data(path, regex, test_frac, seed).check(progress=has_screen())
-    folder = publish(checkpoint, data, _writable(out), data_licence, licence, name, use, num_workers=workers)
+    folder = publish(checkpoint, data, _writable(out), data_licence, licence, name, use, overwrite, num_workers=workers)
     _say(f'published     {folder}')
 
 # %% ../../nbs/15j_recipes.cli.ipynb #fcaafe36

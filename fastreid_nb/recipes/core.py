@@ -9,12 +9,13 @@ __all__ = ['Experiment']
 
 # %% ../../nbs/15_recipes.ipynb #cdedb347
 import hashlib, json, yaml
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from fastcore.basics import patch
 from ..data.files import atomic_path, check_choice, check_number
+from ..data.core import as_protocol
 from ..data.plain import flat, merge, put, read_yaml
 from ..data.preproc import Preproc
 from ..train.names import Names, check_args, check_call, nearest
@@ -127,10 +128,18 @@ _usual_loss = dict(ce=dict(fn='CrossEntropy', eps=.1), triplet=dict(fn='TripletL
 
 def _check_loss(loss):
     "A sum of terms in its usual form"
+    if not isinstance(loss, (str,dict)): raise ValueError(f'loss={loss!r}: expected a name, or terms such as triplet: TripletLoss')
     if isinstance(loss, str) or 'fn' in loss: return check_call('loss', loss, 'loss')
     res = {k:v if v is None else check_call(f'loss.{k}', v, 'term') for k,v in loss.items()}
     if any(res.values()): return res
     raise ValueError('loss: expected one term or more, such as loss.ce=CrossEntropy')
+
+def without_blanks(
+    values:dict, # Of a run
+)->dict: # Without sections that are null
+    "A section that is left blank says nothing"
+    sections = {o.name for o in fields(Settings) if is_dataclass(o.type)} | {'loss'}
+    return {k:v for k,v in values.items() if not (v is None and k in sections)}
 
 def check_settings(
     values:dict, # Of a run
@@ -139,13 +148,23 @@ def check_settings(
     version = values.get('version', 1)
     if isinstance(version, int) and version>1: raise ValueError(f'this experiment has format {version}, and this library '
         'reads format 1: update it (pip install --upgrade fastreid-nb)')
-    loss = _check_loss(values.get('loss') or _usual_loss)
+    values = without_blanks(values)
+    loss = _check_loss(values.get('loss', _usual_loss))
     res = check_args('', Settings, {k:v for k,v in values.items() if k!='loss'}) | dict(loss=loss)
     for k in ('epochs','freeze_iters','seed','workers'):
         if res[k] is not None: check_number(k, res[k], int(k=='epochs'), 2**32-1)
+    (p,k) = (res['sampler'][o] for o in 'pk')
+    if p and p*k<2: raise ValueError(f'sampler: p={p} and k={k}: a batch needs two images or more')
+    if res['data']['protocol'] is not None: as_protocol(res['data']['protocol'])
+    if not res['data']['train']: raise ValueError('data.train is empty: expected a set or more')
     check_choice('precision', res['precision'], _precisions)
     check_choice('head', res['head'], ('drop','match','keep'))
     return res
+
+# %% ../../nbs/15_recipes.ipynb #97a97477
+def _text(path):
+    try: return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e: raise ValueError(f'{path} is no text in UTF-8: {e}; save it in that encoding') from e
 
 # %% ../../nbs/15_recipes.ipynb #e0adbaf7
 shipped = files('fastreid_nb')/'recipes'/'yaml' # Folder of the recipes that come with the library
@@ -170,13 +189,23 @@ def published_results()->dict: # Name of a recipe to its scores, in [0,1]
 def _source(name, folder):
     "Folder, name and values of a file, or of a recipe of the library"
     path = Path(folder or '.')/Path(name).expanduser()
-    if path.is_file(): return path.parent,str(path.resolve()),read_yaml(path.read_text(encoding='utf-8'), str(path))
+    if path.is_file(): return path.parent,str(path.resolve()),read_yaml(_text(path), str(path))
     parts = shipped_parts(Path(name).name.removesuffix('.yml')) if Path(name).name==name else []
     if len(parts)==1: return None,parts[0],read_yaml((shipped/f'{parts[0]}.yml').read_text(encoding='utf-8'), parts[0])
     if parts: return None,'_'.join(parts),dict(base=parts)
-    raise FileNotFoundError(f'no experiment {name}: expected a file, or a recipe of the library (reid recipes lists them)')
+    near = nearest(str(name), [*published_results(), *(o.name[:-4] for o in shipped.iterdir() if o.name.endswith('.yml'))])
+    raise FileNotFoundError(f'no experiment {name}: expected a file, or a recipe of the library (reid recipes lists them); {near}')
 
 # %% ../../nbs/15_recipes.ipynb #3b60d804
+def check_nulls(
+    old:dict, # Values
+    new:dict, # The same with changes
+):
+    "Refuse to take away a term of the loss that is not there"
+    (a,b) = (o.get('loss') for o in (old,new))
+    if not isinstance(a, dict) or not isinstance(b, dict): return
+    for k in (k for k,v in b.items() if v is None and k not in a): raise ValueError(f'loss.{k}: there is no such term; {nearest(k, a)}')
+
 def with_bases(
     values:dict, # What a file says
     folder:Path=None, # Where it stands
@@ -191,7 +220,9 @@ def with_bases(
         where,name,found = _source(o, folder)
         if name in seen: raise ValueError(f'base: {" → ".join([*seen, name])} is a circle')
         res = merge(res, with_bases(found, where, (*seen,name)))
-    return merge(res, {k:v for k,v in values.items() if k not in ('base','hash')})
+    new = merge(res, without_blanks({k:v for k,v in values.items() if k not in ('base','hash')}))
+    check_nulls(res, new)
+    return new
 
 # %% ../../nbs/15_recipes.ipynb #d57f8331
 _unhashed = ('name',),('data','root'),('workers',),('published',),('tune',),('dist','minutes'),('save',)
@@ -213,7 +244,9 @@ class Experiment:
     ):
         start = dict(model='reid_model', schedule='fit_warmup_cos')
         self.values = check_settings(merge(start, with_bases({} if values is None else values, folder)))
-        for o in changes: self.values = put(self.values, o)
+        for o in changes:
+            old,self.values = self.values,put(self.values, o)
+            check_nulls(old, self.values)
         if changes: self.values = check_settings(self.values)
 
     @classmethod

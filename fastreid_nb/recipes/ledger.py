@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 import pandas as pd, torch
 from fastai import __version__ as fastai_version
+from fastai.torch_core import num_distrib
 from .. import __version__
 from ..data.core import ReIDData
 from ..data.files import printable
@@ -44,9 +45,10 @@ def _processor():
     return platform.processor() or platform.machine()
 
 def machine()->str:
-    "The device that torch computes on, in a few words"
-    if torch.cuda.is_available(): return f'{torch.cuda.device_count()} × {torch.cuda.get_device_name()}'
-    return f'{_processor()}, {torch.get_num_threads()} threads'
+    "The device that torch computes on, and the processes that train together, in a few words"
+    many = f', {num_distrib()} processes' if num_distrib()>1 else ''
+    if torch.cuda.is_available(): return f'{torch.cuda.device_count()} × {torch.cuda.get_device_name()}{many}'
+    return f'{_processor()}, {torch.get_num_threads()} threads{many}'
 
 def versions()->str:
     "Of this library and of those that decide the numbers"

@@ -13,8 +13,10 @@ from pathlib import Path
 from .. import __version__
 from ..data.core import ReIDData
 from ..data.files import atomic_path
+from ..data.plain import put
 from ..heads.model import ReIDModel
 from ..train.checkpoint import load_reid, save_reid
+from ..train.core import names_in
 from ..eval.core import ReIDResult
 from ..eval import intervals # the method `ReIDResult.intervals`; chkstyle: ignore
 from ..eval.inference import evaluate_data
@@ -63,6 +65,19 @@ vectors = embed(model, ['a.jpg', 'b.jpg'])
 {made}
 '''
 
+# %% ../../nbs/15g_recipes.publish.ipynb #6bbe80d5
+def _set_name(o):
+    "A set of an experiment in a word"
+    return o if isinstance(o, str) else o.get('name') or Path(o.get('path') or '').name or o['fn']
+
+def _strangers(model, data, res):
+    "Were the people that are scored in training? The model knows the names of its classes"
+    known,df = set(getattr(model, 'pid_names', [])),data.query[res.used]
+    if not known: return ''
+    names = {f'{a}/{b}' for a,b in zip(df.dsetid, names_in(df))}
+    if not names & known: return ', none of them in training'
+    return f', **{len(names & known)} of them in training, so that this says little about strangers**'
+
 # %% ../../nbs/15g_recipes.publish.ipynb #a6f19b66
 def _made(exp, model):
     if exp is None: return f'No experiment is in the file. Epochs: {model.n_epochs}. Library: fastreid_nb {__version__}.'
@@ -86,12 +101,12 @@ def card(
     said = model.experiment if getattr(model, 'experiment', None) else None
     exp = Experiment(said) if said else None
     sure = res.intervals().loc['mAP']
-    sets = ', '.join(map(str, exp['data.train'])) if exp else 'not said in the file'
-    held = ', held out of training' if exp and exp['data.holdout'] else ''
+    sets = ', '.join(map(_set_name, exp['data.train'])) if exp else 'not said in the file'
+    if exp and exp['weights']!='none': sets += f' (from the weights {Path(exp["weights"]).name})'
     reads = ', '.join(f'{k} {v}' for k,v in model.preproc.to_dict().items())
     body = _sections.format(name=name, doc=_size_of(model), data=f'Trained on: {sets}; scored on: {data.name}', use=use or _use,
         data_licence=data_licence, fingerprint=data_fingerprint(data), mAP=res.mAP, low=sure.low, high=sure.high, rank1=res.rank(1),
-        mINP=res.mINP, n=res.n_used, n_ids=res.q.pid[res.used].nunique(), held=held, protocol=data.protocol, sha=sha,
+        mINP=res.mINP, n=res.n_used, n_ids=res.q.pid[res.used].nunique(), held=_strangers(model, data, res), protocol=data.protocol, sha=sha,
         preproc=reads, made=_made(exp, model))
     return f'---\n{_head(name, licence, data, res)}---\n{body}'
 
@@ -104,11 +119,14 @@ def publish(
     licence:str='apache-2.0', # Of the weights, as model hubs write it
     name:str='', # Of the model; by default that of the folder
     use:str='', # Intended use; by default a careful paragraph
+    overwrite:bool=False, # Replace a README.md that is in the folder?
     **kwargs, # Passed to `evaluate_data`
 )->Path: # The folder
     "Write weights, card and experiment of a model"
     if not data_licence.strip(): raise ValueError('data_licence is empty: say under which licence the training images were')
     model,out = load_reid(checkpoint),Path(out)
+    if (out/'README.md').exists() and not overwrite: raise FileExistsError(f'{out} has a README.md: choose another folder, or overwrite=True')
+    if getattr(model, 'experiment', None): model.experiment = put(model.experiment, 'data.root=""')   # nobody else has that folder
     res = evaluate_data(model, data, **kwargs)
     save_reid(out/'model.pt', model)
     sha = hashlib.sha256((out/'model.pt').read_bytes()).hexdigest()

@@ -8,7 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.run.html.md"""
 __all__ = ['read_data', 'train_and_report', 'TensorBoardLog', 'run_experiment']
 
 # %% ../../nbs/15e_recipes.run.ipynb #14695ae0
-import multiprocessing, os, shutil, signal, sys
+import json, multiprocessing, os, shutil, signal, sys
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
@@ -26,7 +26,7 @@ from ..data.own import from_csv, from_folder
 from ..data.readers import market1501
 from ..train import checkpoint, schedules # methods of a learner; chkstyle: ignore
 from ..train.distributed import join_processes
-from ..train.resume import Resumable, state_files
+from ..train.resume import OtherRun, Resumable, state_files
 from ..eval import inference, ranklist # more methods; chkstyle: ignore
 from ..eval.core import ReIDResult
 from ..eval.features import evaluate
@@ -208,17 +208,22 @@ def _keep(learn, out):
     else: _say('', f'stopped early; what was learnt so far is in {path}')
 
 # %% ../../nbs/15e_recipes.run.ipynb #3d6e4ca2
+def _scored(learn):
+    "Scores by the distance that the learner is scored with"
+    score = getattr(learn, 'score_reid', None)
+    return learn.evaluate(score.dist) if score else learn.evaluate()
+
 def _run(learn, out, fit):
     "Score, train by `fit(cbs=…)`, score again; leave a checkpoint and ranked lists in the folder `out`"
     _say(learn.dls.data, '')
     rows = {k:dict(o) for k,o in floor_scores(learn.dls.data, progress=True).iterrows()}
-    rows['untrained network'] = learn.evaluate().to_dict()
+    rows['untrained network'] = _scored(learn).to_dict()
     _say('Before training, in percent:', _percent(rows), '')
     try: fit(cbs=[HeedSignals()])
     except BaseException:
         _keep(learn, out)
         raise
-    res = getattr(learn, 'reid_result', None) or learn.evaluate()   # a resumed run may have had no epoch left
+    res = getattr(learn, 'reid_result', None) or _scored(learn)   # a resumed run may have had no epoch left
     rows['trained network'] = res.to_dict()
     _say('', 'Identities never seen in training, in percent:', _percent(rows), '', res, '')
     learn.save_reid(out/'model.pt')
@@ -298,6 +303,13 @@ class TensorBoardLog(Callback):
         self.board = None
 
 # %% ../../nbs/15e_recipes.run.ipynb #4655a7b3
+def earlier_log(
+    folder:Path, # Of a run that goes on
+)->str: # 'csv', 'tensorboard' or ''
+    "What a run has written its numbers for"
+    files = dict(csv='log.csv', tensorboard='tensorboard')
+    return next((k for k,o in files.items() if (folder/o).exists()), '')
+
 def log_callbacks(
     log:str, # '', 'csv' or 'tensorboard'
     folder:Path, # Where it is written
@@ -334,6 +346,9 @@ def _start(exp, root, model):
     return data,others,model(data.train.pid.nunique()) if model else None
 
 # %% ../../nbs/15e_recipes.run.ipynb #523aaf26
+def _save(exp, folder):
+    if not rank_distrib(): exp.save(folder/'experiment.yml')
+
 def saved_experiment(
     folder:str|Path, # Of a run
 )->Path: # The file that says what it is
@@ -343,20 +358,21 @@ def saved_experiment(
 
 def _states(exp, folder, resume, force):
     if resume: saved_experiment(folder)
-    elif not rank_distrib(): shutil.rmtree(folder/'run', ignore_errors=True)
     often = dict(every_epochs=exp['save.epochs'], every_minutes=exp['save.minutes'], keep=exp['save.keep'])
-    return Resumable(folder/'run', **often, resume=resume, force=force)
+    return Resumable(folder/'run', **often, resume=resume, force=force, on_go=partial(_save, exp, folder))
 
 # %% ../../nbs/15e_recipes.run.ipynb #d336e67e
-def _save(exp, folder):
-    if not rank_distrib(): exp.save(folder/'experiment.yml')
+def _begin(exp, folder):
+    "The states of an earlier run go when nothing can be refused any more"
+    if not rank_distrib(): shutil.rmtree(folder/'run', ignore_errors=True)
+    _save(exp, folder)
 
 @contextmanager
 def _saying_how(folder):
     "The states stay if the run is stopped, and go when the model is there"
     try: yield
-    except BaseException:
-        if state_files(folder/'run'): _say(f'the run goes on with --resume {folder}')
+    except BaseException as e:
+        if not isinstance(e, OtherRun) and state_files(folder/'run'): _say(f'the run goes on with --resume {folder}')
         raise
     if not rank_distrib(): shutil.rmtree(folder/'run', ignore_errors=True)
 
@@ -365,9 +381,10 @@ def _saying_how(folder):
 def shared_folder(
     out:str|Path, # Folder that is wanted
     overwrite:bool=False, # Replace the model of an earlier run in it?
+    minutes:float=10., # Of waiting for another process
 ): # Its path, or that of a new folder beside it
     "`run_folder` for all processes that train together"
-    (rank,world),told = join_processes(),[None]
+    (rank,world),told = join_processes(minutes),[None]
     with ExitStack() as stack:
         try:
             if rank==0: told = [stack.enter_context(run_folder(out, overwrite))]
@@ -391,18 +408,19 @@ def run_experiment(
     force:bool=False, # Go on although settings or data differ, where it is safe?
 )->ReIDResult: # Scores on the first test set, or on held-out identities
     "Run an experiment; leave the model, the experiment, ranked lists and a line in the ledger"
-    with shared_folder(out, overwrite or resume) as folder:
+    with shared_folder(out, overwrite or resume, exp['dist.minutes']) as folder:
         going = _states(exp, folder, resume, force)
-        loggers = log_callbacks(log, folder)
+        loggers = log_callbacks(log or (resume and earlier_log(folder)) or '', folder)
         data,others,net = _start(exp, root, model)
         _say(f'experiment {exp}', '')
         learn = exp.learner(data, net, [*loggers, *(cbs or [])], path=folder).across_processes(**exp['dist'])
         def fit(cbs):
-            if not resume: _save(exp, folder)   # a run that goes on as another one may be refused
+            if not resume: _begin(exp, folder)
             exp.fit(learn, [*cbs, going])
         with _saying_how(folder): res = _run(learn, folder, fit)
         _save(exp, folder)
         scores = _score_all(exp, learn, others, res)
         if len(scores)>1 or exp['eval.flip']: _say('', 'All tests, in percent:', _percent(scores))
+        if going.forced: exp = exp.set(f'name={json.dumps(exp["name"]+" (forced)")}')
         _note(exp, data, scores, going.seconds/60, ledger or Path(out).parent/'ledger.csv')
     return res

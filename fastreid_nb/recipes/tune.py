@@ -15,7 +15,7 @@ import pandas as pd
 from fastai.callback.core import Callback, CancelFitException
 from ..data.files import check_number
 from .core import Experiment
-from .ledger import Ledger, run_row
+from .ledger import Ledger, data_fingerprint, run_row
 from .run import HeedSignals, _say, run_folder
 
 # %% ../../nbs/15f_recipes.tune.ipynb #934a5f69
@@ -27,6 +27,7 @@ def _check_range(path, spec):
     known = {'low','high','log','step'}
     fits = isinstance(spec, dict) and {'low','high'}<=spec.keys()<=known
     if not fits: raise ValueError(f'tune.space.{path}={spec!r}: expected a list of choices, or low and high, and perhaps log or step')
+    if not isinstance(spec.get('log', False), bool): raise ValueError(f'tune.space.{path}: log is {spec["log"]!r}, expected true or false')
     for k in ('low','high'): check_number(f'tune.space.{path}.{k}', spec[k], -1e12)
     if spec['low']>=spec['high']: raise ValueError(f'tune.space.{path}: low is {spec["low"]} and high {spec["high"]}')
 
@@ -93,13 +94,13 @@ def run_trial(exp, search, root, ledger, trial):
     return scores[search['metric']]
 
 # %% ../../nbs/15f_recipes.tune.ipynb #70d94cdf
-def _study(optuna, exp, search, folder):
+def _study(optuna, exp, search, folder, data):
     "The study of a folder, new or begun earlier"
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder/'study.log')))
-    what = f'{exp.hash} {json.dumps(search["space"])} {search["holdout"]} {search["metric"]}'
+    what = f'{exp.hash} {data_fingerprint(data)} {json.dumps(search["space"])} {search["holdout"]} {search["metric"]}'
     study = optuna.create_study(storage=storage, study_name='tune', direction='maximize', load_if_exists=True)
-    if study.user_attrs.setdefault('what', what)!=what: raise ValueError(f'{folder} holds the search of another experiment '
-        f'or space ({study.user_attrs["what"]}): give another folder')
+    if study.user_attrs.setdefault('what', what)!=what: raise ValueError(f'{folder} holds the search of another experiment, '
+        f'of other images or another space ({study.user_attrs["what"]}): give another folder')
     study.set_user_attr('what', what)
     for o in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):   # of a process that is gone
         study.tell(o.number, state=optuna.trial.TrialState.FAIL)
@@ -122,10 +123,11 @@ def tune_experiment(
 )->pd.DataFrame: # A row per trial; the best is saved as best.yml in the folder
     "Search for the best values on held-out identities"
     optuna,search = _optuna(),search_settings(exp)
+    if trials is not None: check_number('trials', trials, 1, whole=True)
     exp.check()
     with run_folder(out, overwrite=True) as folder, warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=optuna.exceptions.ExperimentalWarning)
-        study = _study(optuna, exp, search, folder)
+        study = _study(optuna, exp, search, folder, exp.read(root)[0])
         ended = [o for o in study.trials if o.state.name in ('COMPLETE','PRUNED')]
         todo = max(0, (trials or search['trials'])-len(ended))
         _say(f'{len(ended)} trials were run, {todo} to go: {search["metric"]} on {search["holdout"]:.0%} of the training identities')

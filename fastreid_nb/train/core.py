@@ -372,7 +372,7 @@ class SmoothLoss(AvgSmoothLoss):
 
 class SparseProgress(ProgressCallback):
     "fastai's bars, whose number changes twice a second instead of in every step"
-    name,shown = 'progress',-math.inf
+    name,order,shown = 'progress',59,-math.inf # before other loggers, which pass on to it
     def after_batch(self):
         if time.monotonic()-self.shown<.5: return self.pbar.update(self.iter+1)
         super().after_batch()

@@ -29,7 +29,7 @@ def join_processes(
     minutes:float=10., # Of waiting for another process, before this one gives up
 )->tuple: # Number of this process from 0, and number of processes
     "Connect this process with those that a launcher has started beside it; alone it is (0, 1)"
-    check_number('minutes', minutes, 0)
+    if check_number('minutes', minutes, 0)==0: raise ValueError('minutes=0: every process would give up at once; expected above 0')
     rank,world = rank_distrib(),max(1, num_distrib())
     if world==1 or dist.is_initialized(): return rank,world
     has_gpus = torch.cuda.is_available()

@@ -65,7 +65,7 @@ class KeepBest(Callback):
         if any(o.keep=='trained' for o in averages): raise ValueError("KeepBest keeps the weights that are scored, which are "
             "the average: expected keep='average'")
         if not hasattr(self.learn, 'score_reid'): raise ValueError('KeepBest has no scores to choose by: expected ScoreReID among the callbacks')
-        self.best,self.best_epoch,self.state = -1.,0,None
+        self.best,self.best_epoch,self.state,self.kept = -1.,0,None,None
         self.result = getattr(self.learn, 'reid_result', None) # of an earlier fit
 
     def _mods(self): return [o for o in (self.model,self.loss_func) if isinstance(o, nn.Module)]
@@ -77,17 +77,20 @@ class KeepBest(Callback):
         if result is None or result is self.result: return # not scored in this epoch
         self.result,score = result,float(self._score(result))
         if score>self.best:
-            self.best,self.best_epoch = score,self.epoch
+            self.best,self.best_epoch,self.kept = score,self.epoch,result
             self.state = [{k:v.detach().clone() for k,v in o.state_dict().items()} for o in self._mods()]
         elif self.patience and self.epoch-self.best_epoch>=self.patience: raise CancelFitException()
 
     def after_fit(self):
-        for o,state in zip(self._mods(), self.state or []): o.load_state_dict(state)
+        if self.state:
+            for o,state in zip(self._mods(), self.state): o.load_state_dict(state)
+            # a run that went on knows the weights of an earlier process, not its lists
+            self.learn.reid_result = self.kept or self.learn.evaluate(self.score_reid.dist, progress=False)
         self.undo()
 
     def undo(self):
         "Forget the weights"
-        self.state = self.result = None
+        self.state = self.result = self.kept = None
 
 # %% ../../nbs/06g_train.finetune.ipynb #6743e8a3
 @patch

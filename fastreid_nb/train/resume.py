@@ -12,7 +12,7 @@ import os, re, time
 from contextlib import suppress
 from pathlib import Path
 from warnings import warn
-import torch
+import torch, torch.distributed as dist
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.imports import noop
 from fastai.torch_core import rank_distrib
@@ -82,6 +82,9 @@ def last_state(
     if not files: return None,None,[]
     raise ValueError(f'none of the {len(files)} states in {folder} can be read; the newest: {said[0]}')
 
+# %% ../../nbs/06i_train.resume.ipynb #d5ec4978
+class OtherRun(ValueError): "A state that belongs to another run"
+
 # %% ../../nbs/06i_train.resume.ipynb #002606i
 class Resumable(Callback):
     "Write the whole state of a run into a folder, again and again; a run that was killed goes on from there"
@@ -96,6 +99,7 @@ class Resumable(Callback):
         force:bool=False, # Go on although settings differ, where it is safe?
         config:dict=None, # Further settings that must be the same, such as those of an experiment
         rank:int=None, # Number of this process: only process 0 writes; by default as fastai says
+        on_go:callable=noop, # Called when it is certain that the run goes on
     ):
         self.folder,self.resume,self.force,self.config = Path(folder),resume,force,config
         given = dict(every_epochs=every_epochs, every_iters=every_iters, keep=keep)
@@ -104,6 +108,7 @@ class Resumable(Callback):
         if every_minutes is not None: check_number('every_minutes', every_minutes, 0)
         self.every_epochs,self.every_minutes,self.every_iters,self.keep = every_epochs,every_minutes,every_iters,keep
         self.rank = rank_distrib() if rank is None else check_number('rank', rank, 0, whole=True)
+        self.on_go,self.forced = on_go,False # `forced`: does it go on with other settings?
         self.n_fit,self.step,self.last,self.note,self.state = -1,0,None,'',None # `note`: where it went on
         self.started,self.earlier = time.monotonic(),0. # `earlier`: seconds of the processes before this one
 
@@ -183,7 +188,9 @@ def begin(self:Resumable)->int: # First epoch of the fit that has begun
         self.write(0)
         return 0
     at = self.state['at']
-    other = self._compare(at)
+    other = self._agree()
+    self.forced,_ = bool(other),self.on_go()
+    if any(k.startswith(('batches.','data.','epochs')) for k in other): at['iters'] = 0   # the epoch begins again
     self.hypers = {k:[o[k] for o in self.opt.hypers] for k in ('lr','wd') if f'optimiser.{k}' in other}
     self._restore()
     self.step,done = at['step'],f' after {at["iters"]} of {len(self.dls.train)} batches' if at['iters'] else ''
@@ -203,21 +210,30 @@ def before_train(self:Resumable):
 _fixed = 'model.','identities','optimiser.kind','optimiser.groups','loss.tensors' # Names of what nothing can change
 
 @patch
-def _compare(self:Resumable, at):
+def _compare(self:Resumable):
     "Refuse to go on with other settings, or say which are others, and return them by name"
-    if self.rank: return {}
     found = differences(self.state['settings'], self.settings)
     fixed = [v for k,v in found.items() if k.startswith(_fixed)]
     listed = '\n'.join(['', *(found.values())])
-    if fixed: raise ValueError(f'{self.last} belongs to a run of another kind, which cannot go on here:{listed}\n'
-        'Start a new run; learn.load_reid takes over the weights of a checkpoint')
-    if found and not self.force: raise ValueError(f'{self.last} was written with other settings:{listed}\n'
-        'Expected the same, or force=True if the run shall go on with the new ones')
+    if fixed: raise OtherRun(f'{self.last} belongs to a run of another kind, which cannot go on here:{listed}\n'
+        'Start a new run; learn.load_reid, or reid train --weights, takes over the weights of a checkpoint')
+    if found and not self.force: raise OtherRun(f'{self.last} was written with other settings:{listed}\n'
+        'Expected the same, or force=True (reid train --force) if the run shall go on with the new ones')
     if found: warn(f'forced to go on with other settings than {self.last} was written with:{listed}')
-    if any(k.startswith(('batches.','data.','epochs')) for k in found): at['iters'] = 0   # the epoch begins again
     other = differences(self.state['machine'], machine())
     if other: warn(f'this machine computes in another way, so the weights may differ in the last bits: {"; ".join(other.values())}')
     return found
+
+@patch
+def _agree(self:Resumable):
+    "What the first process finds, in every process"
+    if not (dist.is_available() and dist.is_initialized()): return {} if self.rank else self._compare()
+    told = [None]
+    try:
+        if not self.rank: told = [self._compare()]
+    finally: dist.broadcast_object_list(told)
+    if told[0] is None: raise OtherRun('the first process does not go on; its own message says why')
+    return told[0]
 
 @patch
 def _restore(self:Resumable):
