@@ -191,7 +191,7 @@ def test_the_log_of_a_run_that_goes_on(capsys, tmp_path, folder, monkeypatch):
     assert epochs()==[0,1,2] and 60<Ledger(tmp_path/'ledger.csv').read().minutes.item()<70
 
 def test_a_forced_run_is_killed_again(capsys, tmp_path, folder, monkeypatch):
-    "From then on it is the run with the new settings, and the ledger says that it was forced"
+    "From then on it is the run with the new settings; a line of the ledger says that its own run was forced"
     words = 'train', folder, *quick, '--precision', 'float32'
     def run(*more): return main([str(o) for o in (*words, *more)])
     after = Resumable.after_epoch
@@ -201,7 +201,10 @@ def test_a_forced_run_is_killed_again(capsys, tmp_path, folder, monkeypatch):
     monkeypatch.setattr(Resumable, 'after_epoch', die)
     with pytest.raises(SystemExit): run('--epochs', 2, '--out', tmp_path/'o')
     with pytest.raises(SystemExit): run('--epochs', 3, '--resume', tmp_path/'o', '--force')
+    with pytest.raises(SystemExit): run('--epochs', 2, '--out', tmp_path/'p', '--ledger', tmp_path/'p.csv')
     monkeypatch.undo()
+    assert run('--epochs', 1, '--resume', tmp_path/'p', '--force', '--ledger', tmp_path/'p.csv')==0
+    assert Ledger(tmp_path/'p.csv').read().name.item().endswith('(forced)')
     assert main(['train', '--resume', str(tmp_path/'o')])==0 and 'goes on in epoch 2 of 3' in capsys.readouterr().out
     assert Ledger(tmp_path/'ledger.csv').read().epochs.item()==3
 
