@@ -12,7 +12,8 @@ sets = dict( # images seen in training, P, K, learning rate
 details = dict( # what is not the default
     base={}, pad_10_pixels=dict(pad=10/64), no_erasing=dict(erase=False),
     smoothing_of_others=dict(ce=partial(CrossEntropy, spread='others')), soft_margin=dict(margin=None),
-    half_batches=dict(halve=True), double_rate=dict(lr=2e-3))
+    half_batches=dict(halve=True), double_rate=dict(lr=2e-3),
+    together=dict(erase=False, margin=None, halve=True), together_double=dict(erase=False, margin=None, halve=True, lr=2e-3))
 
 def run(name, seed, pad=.04, erase=True, ce=CrossEntropy, margin=.3, halve=False, lr=1e-3):
     "mAP and rank-1 on held-out identities after as many images as every other run of this set"
