@@ -21,7 +21,7 @@ def recipe_names()->list: # In the order of the table
     vehicles = ['sbs_r50_ibn_veri776', 'bagtricks_r50_ibn_vehicleid', 'bagtricks_r50_ibn_veriwild']
     products = [f'retrieval_{o}' for o in ('cub200','cars196','sop','inshop')]
     others = ['vit_market1501', 'sbs_r50_ibn_joint', 'competition_r50_ibn_market1501', 'partial_market']
-    return [*map('_'.join, grid), *vehicles, *products, *others, 'wildlife', 'own', 'finetune', 'toy', 'toy_small']
+    return [*map('_'.join, grid), *vehicles, *products, *others, 'wildlife', 'own', 'quick', 'finetune', 'toy', 'toy_small']
 
 # %% ../../nbs/15c_recipes.published.ipynb #3aecca9d
 def _fn(call): return call['fn'] if isinstance(call, dict) else call
