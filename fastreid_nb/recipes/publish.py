@@ -66,9 +66,9 @@ vectors = embed(model, ['a.jpg', 'b.jpg'])
 '''
 
 # %% ../../nbs/15g_recipes.publish.ipynb #6bbe80d5
-def _set_name(o):
-    "A set of an experiment in a word"
-    return o if isinstance(o, str) else o.get('name') or Path(o.get('path') or '').name or o['fn']
+def _trained_on(model):
+    "The sets of the classes, which stand before the names of the identities"
+    return ', '.join(sorted({o.partition('/')[0] for o in getattr(model, 'pid_names', [])})) or 'not said in the file'
 
 def _strangers(model, data, res):
     "Were the people that are scored in training? The model knows the names of its classes"
@@ -101,7 +101,7 @@ def card(
     said = model.experiment if getattr(model, 'experiment', None) else None
     exp = Experiment(said) if said else None
     sure = res.intervals().loc['mAP']
-    sets = ', '.join(map(_set_name, exp['data.train'])) if exp else 'not said in the file'
+    sets = _trained_on(model)
     if exp and exp['weights']!='none': sets += f' (from the weights {Path(exp["weights"]).name})'
     reads = ', '.join(f'{k} {v}' for k,v in model.preproc.to_dict().items())
     body = _sections.format(name=name, doc=_size_of(model), data=f'Trained on: {sets}; scored on: {data.name}', use=use or _use,
