@@ -28,7 +28,7 @@ def move_to(
     "Move averages towards the present values; whole numbers are copied"
     floats = [o.is_floating_point() for o in avg]
     means,values = ([o for o,f in zip(side, floats) if f] for side in (avg,now))
-    if means: torch._foreach_lerp_(means, values, share)
+    if means and share: torch._foreach_lerp_(means, values, share)   # 0 times a value that is not finite is none either
     for a,b,f in zip(avg, now, floats):
         if not f: a.copy_(b)
 
