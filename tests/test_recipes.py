@@ -34,6 +34,14 @@ def says(capsys, code, *words):
     assert 'Traceback' not in err
     return err
 
+def dies_after_an_epoch(monkeypatch):
+    "Every run ends when the state of an epoch is written"
+    after = Resumable.after_epoch
+    def die(self):
+        after(self)
+        raise SystemExit
+    monkeypatch.setattr(Resumable, 'after_epoch', die)
+
 def test_help(capsys):
     assert main(['--help'])==0
     text = capsys.readouterr().out
@@ -194,11 +202,7 @@ def test_a_forced_run_is_killed_again(capsys, tmp_path, folder, monkeypatch):
     "From then on it is the run with the new settings; a line of the ledger says that its own run was forced"
     words = 'train', folder, *quick, '--precision', 'float32'
     def run(*more): return main([str(o) for o in (*words, *more)])
-    after = Resumable.after_epoch
-    def die(self):
-        after(self)
-        raise SystemExit
-    monkeypatch.setattr(Resumable, 'after_epoch', die)
+    dies_after_an_epoch(monkeypatch)
     with pytest.raises(SystemExit): run('--epochs', 2, '--out', tmp_path/'o')
     with pytest.raises(SystemExit): run('--epochs', 3, '--resume', tmp_path/'o', '--force')
     with pytest.raises(SystemExit): run('--epochs', 2, '--out', tmp_path/'p', '--ledger', tmp_path/'p.csv')
@@ -222,11 +226,7 @@ def test_a_killed_run_goes_on(capsys, tmp_path, folder, monkeypatch):
     "Killed after an epoch: the same command goes on, another one is refused, and states go when the model is there"
     words = 'train', folder, *quick, '--epochs', 2, '--precision', 'float32'
     def run(*more): return main([str(o) for o in (*words, *more)])
-    after = Resumable.after_epoch
-    def die(self):
-        after(self)
-        raise SystemExit
-    monkeypatch.setattr(Resumable, 'after_epoch', die)
+    dies_after_an_epoch(monkeypatch)
     with pytest.raises(SystemExit): run('--out', tmp_path/'o')
     monkeypatch.undo()
     (tmp_path/'o'/'model_interrupted.pt').unlink()

@@ -78,7 +78,7 @@ class DistSettings:
     sync_bn:bool=True # Statistics of BatchNorm over all processes?
     gather:bool=True # Compute the loss on the outputs of all processes together?
     minutes:float=10. # Of waiting for another process; not part of the hash
-    def __post_init__(self): check_number('dist.minutes', self.minutes, 0)
+    def __post_init__(self): check_number('dist.minutes', self.minutes, 1e-3)
 
 # %% ../../nbs/15_recipes.ipynb #25780bdc
 @dataclass
@@ -153,7 +153,7 @@ def check_settings(
     res = check_args('', Settings, {k:v for k,v in values.items() if k!='loss'}) | dict(loss=loss)
     for k in ('epochs','freeze_iters','seed','workers'):
         if res[k] is not None: check_number(k, res[k], int(k=='epochs'), 2**32-1)
-    (p,k) = (res['sampler'][o] for o in 'pk')
+    p,k = (res['sampler'][o] for o in 'pk')
     if p and p*k<2: raise ValueError(f'sampler: p={p} and k={k}: a batch needs two images or more')
     if res['data']['protocol'] is not None: as_protocol(res['data']['protocol'])
     if not res['data']['train']: raise ValueError('data.train is empty: expected a set or more')

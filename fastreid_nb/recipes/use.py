@@ -95,8 +95,7 @@ def reid_compare(
     out,device = _writable(out),default_device()
     models = [open_model(o).to(device) for o in (checkpoint_a,checkpoint_b)]
     data = read_data(path, regex, test_frac, seed).check(skip_bad, progress=has_screen())
-    dtype = _precisions[precision] or best_dtype(device, training=False)
-    res = [evaluate_data(o, data, num_workers=workers, dtype=dtype) for o in models]
+    res = [evaluate_data(o, data, num_workers=workers, dtype=_precisions[precision] or best_dtype(device, False, o)) for o in models]
     names = _named(checkpoint_a, checkpoint_b)
     _say(data, '', f'a: {checkpoint_a}', f'b: {checkpoint_b}', '', compare(*res).round(4).to_string(), '')
     _say(f'comparison    {compare_report(*res, out/"compare.html", names)}')

@@ -189,7 +189,8 @@ def begin(self:Resumable)->int: # First epoch of the fit that has begun
         return 0
     at = self.state['at']
     other = self._agree()
-    self.forced,_ = bool(other),self.on_go()
+    self.forced = bool(other)
+    self.on_go()
     if any(k.startswith(('batches.','data.','epochs')) for k in other): at['iters'] = 0   # the epoch begins again
     self.hypers = {k:[o[k] for o in self.opt.hypers] for k in ('lr','wd') if f'optimiser.{k}' in other}
     self._restore()
