@@ -23,7 +23,7 @@ class Stamps(Callback):
 
 def loaders(bs):
     "Toy people, drawn once, read as in any training; an epoch is one step to warm up and those that count"
-    data = toy_reid(n_ids=64, progress=False)
+    data = toy_reid(n_ids=8, progress=False)   # six learnt, eight images of each
     return reid_dls(data, (256,128), p=bs//4, k=4, num_workers=0)
 
 def learner(dls):
@@ -53,7 +53,7 @@ class BareLoop:
         self.opt.step()
         self.opt.zero_grad()
 
-    def seconds(self, n=n_steps, n_images=None):
+    def seconds(self, n=1+n_steps, n_images=None):
         times = []
         for _ in range(n):
             start = time.perf_counter()
@@ -71,20 +71,20 @@ def compiled(dls, learn, stamps):
     print(f'torch.compile: {st.median(a/b for a,b in times):.2f} times as fast, after {first:.0f} s for the first epoch', flush=True)
 
 def main(
-    seeds:int=1, # More rounds: 2 for each beyond the first
+    seeds:int=1, # More rounds: 4 for each beyond the first
 )->dict: # value: seconds of the fastest bare loop over seconds of the Learner, median of the rounds
     "All ways in turn, so that a busy moment of the machine hits all of them"
     dls,stamps = loaders(16),Stamps()
     learn = learner(dls)
     ways = [Speed(d, f) for d in (torch.float32,torch.bfloat16) for f in (torch.channels_last,torch.contiguous_format)]
     bare = {o:BareLoop(dls, o) for o in ways}
-    first = {o:min(b.seconds(2, 4)) for o,b in bare.items()}
+    first = {o:min(b.seconds(n_images=4)) for o,b in bare.items()}
     print('4 images, seconds:', {str(o):round(v, 2) for o,v in first.items()}, flush=True)
     bare = {o:b for o,b in bare.items() if first[o]<1.5*min(first.values())} # what is far behind is not run at full size
     for o in bare.values(): o.step()
     learner_seconds(learn, stamps)
     ratios,rows = [],{o:[] for o in ['Learner', *bare]}
-    for _ in range(4+2*(seeds-1)):
+    for _ in range(8+4*(seeds-1)):
         times = {o:min(b.seconds()) for o,b in bare.items()} | {'Learner':min(learner_seconds(learn, stamps))}
         for k,v in times.items(): rows[k].append(v)
         ratios.append(min(times[o] for o in bare)/times['Learner'])

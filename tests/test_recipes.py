@@ -6,11 +6,12 @@ from fastai.callback.core import Callback
 from PIL import Image
 from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.backbone.resnet import resnet18
-from fastreid_nb.recipes.run import TensorBoardLog, read_data
+from fastreid_nb.recipes.run import read_data
 from fastreid_nb.recipes.cli import reid_main as main
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
 from fastreid_nb.train.core import reid_learner
+from fastreid_nb.train.logs import TensorBoardLog
 from fastreid_nb.train.resume import Resumable, last_state, write_state
 from fastreid_nb.recipes.ledger import Ledger
 from tiny_models import thin_resnets

@@ -25,7 +25,7 @@ from ..data.files import check_number, has_screen
 from ..data.preproc import Preproc
 from ..augment.loaders import ReIDDataset, ReIDLoader, ToFloat, plain_dl
 from ..heads.model import eval_mode
-from ..heads.speed import best_dtype
+from ..heads.speed import best_dtype, kept_memory
 from ..train.core import Amp, ReIDLearner, check_dtype
 from .core import ReIDResult
 from .features import Features, cosine_dist, evaluate
@@ -81,7 +81,7 @@ def embed_batches(
     amp = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype not in (None,torch.float32))
     knows_cams = getattr(model, 'n_cams', 0)>0
     embs = []
-    with eval_mode(model), torch.no_grad(), amp:
+    with kept_memory(device), eval_mode(model), torch.no_grad(), amp:
         for batch in progress_bar(dl, leave=False) if progress and has_screen() else dl:
             xb,*yb = batch if isinstance(batch, (tuple,list)) else [batch]
             cams = [send(o, device) for o in yb[1:2]] if knows_cams else []
