@@ -198,6 +198,8 @@ def test_the_log_of_a_run_that_goes_on(capsys, tmp_path, folder, monkeypatch):
     write_state(tmp_path/'o'/'run', state|dict(seconds=state['seconds']+3600))
     assert run('--resume', tmp_path/'o')==0   # the log goes on without being asked for
     assert epochs()==[0,1,2] and 60<Ledger(tmp_path/'ledger.csv').read().minutes.item()<70
+    assert run('--out', tmp_path/'o', '--overwrite', '--epochs', 1)==0
+    assert not (tmp_path/'o'/'log.csv').exists()   # the numbers of the run that was replaced
 
 def test_a_forced_run_is_killed_again(capsys, tmp_path, folder, monkeypatch):
     "From then on it is the run with the new settings; a line of the ledger says that its own run was forced"

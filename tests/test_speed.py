@@ -2,16 +2,11 @@
 import time
 
 import fresh, pytest, torch
-from fastai.callback.core import Callback
 
-from fastreid_nb.augment.loaders import reid_dls
-from fastreid_nb.backbone.resnet import resnet18, resnet18_ibn
-from fastreid_nb.data.toy import toy_reid
-from fastreid_nb.eval.inference import embed
+from fastreid_nb.backbone.resnet import resnet18_ibn
 from fastreid_nb.heads import speed
 from fastreid_nb.heads.model import reid_model
-from fastreid_nb.heads.speed import Speed, _allocator, best_dtype, fastest, fastest_model, kept_memory, quickest
-from fastreid_nb.train.core import reid_learner
+from fastreid_nb.heads.speed import Speed, best_dtype, fastest, fastest_model, quickest
 
 def test_measured_once(capsys):
     "The first call measures, says so in one line and leaves the random numbers alone; the second remembers"
@@ -65,45 +60,3 @@ def test_wrong_ways_are_not_used(capsys):
 def test_unknown_attribute():
     fast = speed.FastModel(torch.nn.Identity(), Speed())
     with pytest.raises(AttributeError, match='no_such'): fast.no_such
-
-def pages(n=2**24):
-    "Pages that each of five blocks of `n` numbers takes from the system"
-    import resource
-    counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
-    for _ in range(5):
-        torch.ones(n)
-        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-    return [b-a for a,b in zip(counts, counts[1:])]
-
-needs_glibc = pytest.mark.skipif(_allocator() is None, reason='the allocator is not glibc, or set up by the environment')
-
-@needs_glibc
-def test_memory_stays_and_goes_back():
-    with kept_memory():
-        with kept_memory('cpu'): pages()
-        assert sum(pages())<500   # the inner block has given nothing back
-    assert pages()[0]>16_000
-
-@needs_glibc
-def test_memory_stays_in_training_and_embedding(tmp_path):
-    data = toy_reid(tmp_path, n_ids=8, size=(32,16), progress=False)
-    seen = []
-    class Look(Callback):
-        def after_batch(self): seen.append(len(speed._open))
-        def before_fit(self): seen.append(len(speed._open))
-    learn = reid_learner(reid_dls(data, (32,16), 2, 2, num_workers=0), resnet18, dtype=torch.float32)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[Look()])
-    assert set(seen)<={1,2} and len(seen)>3
-    hook = learn.model.register_forward_hook(lambda *_: seen.append(('embed', len(speed._open))))
-    embed(learn.model, [data.train.path[0]])
-    hook.remove()
-    assert ('embed',1) in seen and not speed._open
-
-def test_kept_memory_ends_with_an_error_and_leaves_a_gpu_alone():
-    with pytest.raises(ZeroDivisionError), kept_memory(): 1/0
-    with kept_memory('meta'): assert not speed._open
-    assert not speed._open
-
-def test_memory_that_the_environment_set_up(monkeypatch):
-    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '131072')
-    assert speed._allocator.__wrapped__() is None

@@ -285,6 +285,14 @@ def plain_dl(
     device = device or default_device()
     return ReIDLoader(ReIDDataset(df, preproc), bs=bs, num_workers=num_workers, after_batch=[ToFloat], device=device)
 
+# %% ../../nbs/01e_augment.loaders.ipynb #57b5d417
+def cpu_batch(
+    size:tuple, # (height, width) of the input, pixels
+)->int: # Images
+    "So many images does a CPU embed at once: four of 256×128 for every thread, eight at least"
+    h,w = size
+    return max(1, max(2, torch.get_num_threads())*2**17//(h*w))
+
 # %% ../../nbs/01e_augment.loaders.ipynb #61233c30
 def _check_splits(data):
     "Refuse data without training images, with distractors among them, or without a test"
@@ -306,7 +314,7 @@ def reid_dls(
     k:int=4, # Images of each
     augs:list=None, # Functions `aug(x, rng)`; by default `bagtricks_augs`
     preproc:Preproc=None, # By default `Preproc(size)`
-    val_bs:int=128, # Images in a batch of queries and gallery
+    val_bs:int=128, # Images in a batch of queries and gallery; on a CPU that is the most, and `cpu_batch` may say fewer
     num_workers:int=None, # Processes; by default one per processor, at most 8
     seed:int=0, # Of batches and augmentation
     batch_tfms:list=None, # fastai transforms of the float batch
@@ -322,6 +330,7 @@ def reid_dls(
     if augs is None: augs = bagtricks_augs
     train = PKLoader(ReIDDataset(data.train, preproc, pids), p, k, augs, seed, batches, skip_bad,
         num_workers=num_workers, after_batch=[ToFloat, *(batch_tfms or [])], device=device)
+    if torch.device(device).type=='cpu': val_bs = min(val_bs, cpu_batch(preproc.size))
     test = plain_dl(pd.concat([data.query, data.gallery]), preproc, val_bs, num_workers, device)
     dls = DataLoaders(train, test, device=device)
     dls.data,dls.preproc,dls.pids = data,preproc,pids

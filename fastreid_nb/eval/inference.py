@@ -23,9 +23,9 @@ from torch import nn
 from ..data.core import Protocol, ReIDData
 from ..data.files import check_number, has_screen
 from ..data.preproc import Preproc
-from ..augment.loaders import ReIDDataset, ReIDLoader, ToFloat, plain_dl
+from ..augment.loaders import ReIDDataset, ReIDLoader, ToFloat, cpu_batch, plain_dl
 from ..heads.model import eval_mode
-from ..heads.speed import best_dtype, kept_memory
+from ..heads.speed import best_dtype
 from ..train.core import Amp, ReIDLearner, check_dtype
 from .core import ReIDResult
 from .features import Features, cosine_dist, evaluate
@@ -58,6 +58,15 @@ def join(embs, device):
     if device.type=='cuda': torch.cuda.synchronize(device)
     return torch.cat(embs)
 
+# %% ../../nbs/07c_eval.inference.ipynb #5762cb5e
+def _is_compiled(model): return hasattr(model, '_orig_mod') or getattr(model, 'compiled', False)
+
+def rows_of(model, x, *cams):
+    "Embeddings (B,D) of a batch of images (B,3,H,W), which a CPU gets in parts"
+    n = cpu_batch(x.shape[-2:]) if x.device.type=='cpu' and x.ndim==4 and not _is_compiled(model) else len(x)
+    parts = zip(*(o.split(n) for o in (x, *cams)))
+    return torch.cat([emb_of(model(*o), len(o[0])) for o in parts])
+
 # %% ../../nbs/07c_eval.inference.ipynb #a560b1aa
 def all_finite(
     emb:torch.Tensor, # (N,D)
@@ -81,12 +90,11 @@ def embed_batches(
     amp = torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype not in (None,torch.float32))
     knows_cams = getattr(model, 'n_cams', 0)>0
     embs = []
-    with kept_memory(device), eval_mode(model), torch.no_grad(), amp:
+    with eval_mode(model), torch.no_grad(), amp:
         for batch in progress_bar(dl, leave=False) if progress and has_screen() else dl:
             xb,*yb = batch if isinstance(batch, (tuple,list)) else [batch]
             cams = [send(o, device) for o in yb[1:2]] if knows_cams else []
-            out = model(send(xb, device), *cams)
-            (keep or embs.append)(fetch(emb_of(out, len(xb))))
+            (keep or embs.append)(fetch(rows_of(model, send(xb, device), *cams)))
     if keep: return None
     if not embs: raise ValueError('the loader has no batch: expected one image or more')
     return all_finite(join(embs, device))

@@ -185,12 +185,15 @@ def reid_tune(
     table = tune_experiment(_experiment(path, config, locals()), out, trials=trials)
     _say('', table.sort_values('value', ascending=False).head(10).to_string(index=False))
 
+def _millions(n): return '' if n!=n or n is None else f'{n/1e6:.2f} M'
+
 def reid_recipes(
     name:str='', # Recipe to show completely; by default the list of all
 ):
-    "List the recipes of the library, or show one"
+    "List the recipes of the library with the sizes of their models, or show one"
     if name: return _say(Experiment.load(name))
     table = recipe_table().drop(columns='hash')
+    table['parameters'] = table.parameters.map(_millions)
     for o in ('rank-1','mAP','mINP'): table[o] = table[o].map(lambda v: '' if v!=v or v is None else f'{100*v:.1f}')
     _say(table.to_string(), '', 'Scores in percent as published, of runs elsewhere, and none of them was run here; reid train --config NAME FOLDER_OF_SETS trains one.')
 
@@ -206,7 +209,7 @@ def reid_models(
     if kind: return _say(*(f'{k:24} {_first_line(o)}' for k,o in sorted(names_of(kind).items())))
     check_options(dict(size=size))
     table = model_table(list(names) or None, _hw(size))
-    table['parameters'] = table.parameters.map(lambda o: '' if o!=o or o is None else f'{o/1e6:.2f} M')
+    table['parameters'] = table.parameters.map(_millions)
     table['channels'] = table.channels.map(lambda o: '' if o!=o or o is None else f'{o:.0f}')
     _say(table.to_string())
 

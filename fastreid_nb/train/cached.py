@@ -19,7 +19,7 @@ from torch import nn
 from ..data.files import check_number
 from ..augment.loaders import PKLoader, ReIDLoader, ToFloat
 from ..heads.model import ReIDModel, eval_mode
-from ..heads.speed import Speed, best_dtype, kept_memory
+from ..heads.speed import Speed, best_dtype
 from .core import ReIDLearner, reid_learner
 from .groups import ParamGroups
 from .schedules import *
@@ -49,7 +49,7 @@ def pooled_features(
     "The pooled feature of every image of a loader, in order"
     check_cacheable(model)
     device,feats = model.mean.device,[]
-    with kept_memory(device), eval_mode(model), torch.no_grad(), Speed(dtype).autocast(device):
+    with eval_mode(model), torch.no_grad(), Speed(dtype).autocast(device):
         for xb,_,camid in dl:
             xb = xb.to(device)
             feats.append(_pooled(model, xb.flip(3) if flip else xb, camid.to(device)))

@@ -25,7 +25,7 @@ from fastai.data.core import DataLoaders
 from fastai.imports import noop
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.optimizer import Adam, OptimWrapper
-from fastai.torch_core import default_device, num_distrib, params, to_detach
+from fastai.torch_core import num_distrib, params, to_detach
 from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
@@ -34,7 +34,7 @@ from ..data.preproc import Preproc
 from ..backbone.resnet import resnet50
 from ..heads.core import BNNeckHead
 from ..heads.model import ReIDModel, plain_tensor, reid_model
-from ..heads.speed import Speed, best_dtype, fastest, kept_memory
+from ..heads.speed import Speed, best_dtype, fastest
 from ..losses.core import CrossEntropy, LossTerm, ReIDLoss
 from ..losses.pairs import TripletLoss
 
@@ -170,7 +170,7 @@ class ReIDLearner(Learner):
         self._forget_grads()
         self.model.pids,self.model.pid_names = list(getattr(self.dls, 'pids', [])),class_names(self.dls)
         try:
-            with self.lines(), kept_memory(self.dls.device or default_device()): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, **kwargs)
+            with self.lines(): super().fit(n_epoch, lr=lr, wd=wd, cbs=cbs, **kwargs)
         finally:
             for o in [*self.cbs, *cbs]:
                 if 'undo' in dir(type(o)): o.undo()
