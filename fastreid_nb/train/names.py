@@ -112,6 +112,7 @@ def _fits(val, anno):
 
 # %% ../../nbs/06k_train.names.ipynb #a55dd204
 def nearest(name, known):
+    if not known: return 'none is expected here'
     near = difflib.get_close_matches(str(name), list(known), 1, .5)
     return f'did you mean {near[0]}?' if near else f'expected one of {", ".join(known)}'
 
