@@ -24,7 +24,9 @@ class Stamps(Callback):
 def loaders(bs):
     "Toy people, drawn once, read as in any training; an epoch is one step to warm up and those that count"
     data = toy_reid(n_ids=8, progress=False)   # six learnt, eight images of each
-    return reid_dls(data, (256,128), p=bs//4, k=4, num_workers=0)
+    dls = reid_dls(data, (256,128), p=bs//4, k=4, num_workers=0)
+    assert len(dls.train)==1+n_steps
+    return dls
 
 def learner(dls):
     learn = reid_learner(dls, resnet50_ibn, lr=1e-5)

@@ -11,7 +11,7 @@ from fastreid_nb.recipes.cli import reid_main as main
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
 from fastreid_nb.train.core import reid_learner
-from fastreid_nb.train.logs import TensorBoardLog
+from fastreid_nb.train.logs import EpochLog, TensorBoardLog
 from fastreid_nb.train.resume import Resumable, last_state, write_state
 from fastreid_nb.recipes.ledger import Ledger
 from tiny_models import thin_resnets
@@ -179,7 +179,17 @@ def test_tensorboard_of_a_run_that_goes_on(tmp_path):
     seen = EventAccumulator(str(tmp_path/'board')).Reload()
     n = 2*len(learn.dls.train)
     for name in ('train/loss','train/ce','train/lr'): assert [o.step for o in seen.Scalars(name)]==list(range(n)), name
-    assert [o.step for o in seen.Scalars('epoch/mAP')]==[0,1]
+    assert [o.step for o in seen.Scalars('epoch/mAP')]==[n//2-1,n-1]
+
+def test_a_search_for_a_rate_is_no_part_of_the_log(tmp_path):
+    data = toy_reid(tmp_path/'toy', n_ids=8, size=(32,16), progress=False)
+    learn = reid_learner(reid_dls(data, (32,16), 2, 2, num_workers=0), resnet18, dtype=torch.float32, path=tmp_path,
+        cbs=[EpochLog(str(tmp_path/'log.csv')), TensorBoardLog(tmp_path/'board')])
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=8, show_plot=False)
+        assert not (tmp_path/'log.csv').exists() and not (tmp_path/'board').exists()
+        learn.fit(2)
+    assert pd.read_csv(tmp_path/'log.csv').epoch.tolist()==[0,1]
 
 def test_the_log_of_a_run_that_goes_on(capsys, tmp_path, folder, monkeypatch):
     "One line an epoch, of those before the kill too; the ledger counts the time before it; a log is no other setting"

@@ -289,9 +289,9 @@ def plain_dl(
 def cpu_batch(
     size:tuple, # (height, width) of the input, pixels
 )->int: # Images
-    "So many images does a CPU embed at once: four of 256×128 for every thread, eight at least"
+    "Images that a CPU embeds at once, so that maps stay small: eight of 256×128, 32 of 128×64"
     h,w = size
-    return max(1, max(2, torch.get_num_threads())*2**17//(h*w))
+    return max(1, 2**18//(h*w))
 
 # %% ../../nbs/01e_augment.loaders.ipynb #61233c30
 def _check_splits(data):

@@ -59,12 +59,16 @@ def join(embs, device):
     return torch.cat(embs)
 
 # %% ../../nbs/07c_eval.inference.ipynb #5762cb5e
-def _is_compiled(model): return hasattr(model, '_orig_mod') or getattr(model, 'compiled', False)
+def _is_compiled(model): return any(o._compiled_call_impl is not None or hasattr(o, '_orig_mod') for o in model.modules())
+
+def _at_once(model, x):
+    "Images that `model` gets at once: a CPU a few, everybody else all"
+    whole = x.device.type!='cpu' or x.ndim!=4 or _is_compiled(model)
+    return len(x) if whole else cpu_batch(x.shape[-2:])
 
 def rows_of(model, x, *cams):
     "Embeddings (B,D) of a batch of images (B,3,H,W), which a CPU gets in parts"
-    n = cpu_batch(x.shape[-2:]) if x.device.type=='cpu' and x.ndim==4 and not _is_compiled(model) else len(x)
-    parts = zip(*(o.split(n) for o in (x, *cams)))
+    parts = zip(*(o.split(_at_once(model, x)) for o in (x, *cams)))
     return torch.cat([emb_of(model(*o), len(o[0])) for o in parts])
 
 # %% ../../nbs/07c_eval.inference.ipynb #a560b1aa

@@ -49,7 +49,7 @@ class SamplerSettings:
     batches:Names('batches')='pk_batches' # How an epoch is drawn
     p:int|None=16 # Identities in a batch; null for 16, or all if there are fewer
     k:int=4 # Images of each
-    val_bs:int=128 # Images in a batch of queries and gallery
+    val_bs:int=128 # Images in a batch of queries and gallery, at most: a CPU takes fewer
     def __post_init__(self):
         for o in ('p','k','val_bs'):
             if (val := getattr(self, o)) is not None: check_number(f'sampler.{o}', val, 1, 4096)

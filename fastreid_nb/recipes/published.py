@@ -8,9 +8,7 @@ Docs: https://fastreid-nb.github.io/fastreid-nb/recipes.published.html.md"""
 __all__ = ['recipe_names', 'recipe_table', 'model_table']
 
 # %% ../../nbs/15c_recipes.published.ipynb #5a1b6042
-import json
 import pandas as pd, torch
-from functools import lru_cache
 from itertools import product
 from ..train.names import names_of
 from .build import called
@@ -37,22 +35,21 @@ def _network(exp):
     extras = [k for k in ('ibn','nl') if net.get(k)]
     return ' '.join([net['fn'], str(net.get('variant', '')), *extras])
 
-@lru_cache
-def _n_params(model, preproc):
-    "Parameters of the model of an experiment without a classifier; the two sections come as JSON"
-    exp = Experiment(dict(model=json.loads(model), preproc=json.loads(preproc), weights='none'))
-    with torch.device('meta'): return sum(o.numel() for o in exp.model(0).parameters())
+def _n_params(exp):
+    "Parameters of the model of an experiment, without a classifier"
+    with torch.device('meta'): return sum(o.numel() for o in exp.set('weights=none').model(0).parameters())
 
 # %% ../../nbs/15c_recipes.published.ipynb #921ce1a7
-def recipe_table()->pd.DataFrame: # A row for each; scores in [0,1], empty where nothing was published
+def recipe_table()->pd.DataFrame: # A row for each; parameters without a classifier, scores in [0,1], empty where nothing was published
     "The recipes of the library, and the results that they aim at"
-    rows = []
+    rows,counts = [],{}
     for name in recipe_names():
         exp = Experiment.load(name)
         p,k = exp['sampler.p'],exp['sampler.k']
         aims = {o:(exp['published'] or {}).get(o) for o in ('rank-1','mAP','mINP')}
-        sizes = json.dumps(exp['model']),json.dumps(exp['preproc'])
-        rows.append(dict(recipe=name, trains_on='+'.join(map(_fn, exp['data.train'])), network=_network(exp), parameters=_n_params(*sizes),
+        net = str((exp['model'],exp['preproc']))
+        if net not in counts: counts[net] = _n_params(exp)
+        rows.append(dict(recipe=name, trains_on='+'.join(map(_fn, exp['data.train'])), network=_network(exp), parameters=counts[net],
             size='×'.join(map(str, exp['preproc.size'])), batch=f'{p or "≤16"}×{k}', epochs=exp['epochs'], **aims, hash=exp.hash))
     return pd.DataFrame(rows).set_index('recipe')
 

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import nn
 from ..data.files import check_number
-from ..augment.loaders import PKLoader, ReIDLoader, ToFloat
+from ..augment.loaders import PKLoader, ReIDLoader, ToFloat, cpu_batch
 from ..heads.model import ReIDModel, eval_mode
 from ..heads.speed import Speed, best_dtype
 from .core import ReIDLearner, reid_learner
@@ -51,8 +51,9 @@ def pooled_features(
     device,feats = model.mean.device,[]
     with eval_mode(model), torch.no_grad(), Speed(dtype).autocast(device):
         for xb,_,camid in dl:
-            xb = xb.to(device)
-            feats.append(_pooled(model, xb.flip(3) if flip else xb, camid.to(device)))
+            xb,camid = xb.to(device),camid.to(device)
+            bs = cpu_batch(xb.shape[-2:]) if device.type=='cpu' else len(xb)
+            feats += [_pooled(model, x.flip(3) if flip else x, cams) for x,cams in zip(xb.split(bs), camid.split(bs))]
     return torch.cat(feats)
 
 # %% ../../nbs/06f_train.cached.ipynb #0b306a05
@@ -136,7 +137,7 @@ def cached_learner(
     dtype,valid = _precision(learn),learn.dls.valid
     feats = train_views(model, dl, dtype, flip, n_augs)
     train = CachedPKLoader(feats, dl.dataset, dl.p, dl.k, seed=dl.seed, batches=dl.batches, device=dl.device)
-    test = CachedLoader(pooled_features(model, valid, dtype)[None], valid.dataset, bs=valid.bs, device=dl.device)
+    test = CachedLoader(pooled_features(model, valid, dtype)[None], valid.dataset, bs=128, device=dl.device)
     return _learner(learn, DataLoaders(train, test, device=dl.device), cbs)
 
 # %% ../../nbs/06f_train.cached.ipynb #b995f1d5
