@@ -354,3 +354,12 @@ def test_compiles_into_one_graph(train, amp):
     model = reid_model(resnet18_ibn, 5).train(train)
     with torch.autocast('cpu', torch.bfloat16, enabled=amp): found = torch._dynamo.explain(model)(torch.rand(4, 3, 64, 32))
     assert (found.graph_count,found.graph_break_count)==(1,0), [str(o.reason) for o in found.break_reasons]
+
+def test_loaded_backbone_with_a_new_head_is_rebuilt(tmp_path):
+    "The backbone of a file of weights, trained with a head of its own, comes back from its checkpoint"
+    from fastreid_nb.train.checkpoint import load_reid, save_reid
+    first = reid_model(partial(resnet18, last_stride=2), 5)
+    model = reid_model(first.backbone, 3, head=partial(ReductionHead, n_emb=16)).eval()
+    save_reid(tmp_path/'m.pt', model)
+    again,x = load_reid(tmp_path/'m.pt'),torch.rand(2, 3, 64, 32)
+    with torch.no_grad(): assert torch.equal(again(x), model(x))

@@ -181,6 +181,11 @@ def _describe(piece):
     try: return None if isinstance(piece, nn.Module) else _call(piece)
     except (TypeError,AttributeError): return None
 
+def _how_made(piece, module):
+    "What makes `module`; a ready one remembers what made it for an earlier model"
+    if not isinstance(piece, nn.Module): module.made_by = _describe(piece)
+    return getattr(module, 'made_by', None)
+
 # %% ../../nbs/04a_heads.model.ipynb #ac0678f9
 def reid_model(
     backbone:str|Callable=resnet50, # Gives a module with `n_feat`; or such a module, or 'timm/NAME'
@@ -198,6 +203,6 @@ def reid_model(
     pooling = make_pool(pool, net.n_feat)
     classes = make_piece(head, net.n_feat*getattr(pooling, 'n_out', 1), n_pids)
     model = ReIDModel(net, pooling, classes, preproc, test_on)
-    pieces = dict(backbone=_describe(backbone), pool=_describe(pool), head=_describe(head))
+    pieces = dict(backbone=_how_made(backbone, net), pool=_how_made(pool, pooling), head=_describe(head))
     model.recipe = dict(n_pids=int(n_pids), **pieces, test_on=test_on)
     return model
