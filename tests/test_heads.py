@@ -362,4 +362,5 @@ def test_loaded_backbone_with_a_new_head_is_rebuilt(tmp_path):
     model = reid_model(first.backbone, 3, head=partial(ReductionHead, n_emb=16)).eval()
     save_reid(tmp_path/'m.pt', model)
     again,x = load_reid(tmp_path/'m.pt'),torch.rand(2, 3, 64, 32)
-    with torch.no_grad(): assert torch.equal(again(x), model(x))
+    for k,v in model.state_dict().items(): assert torch.equal(again.state_dict()[k], v), k
+    with torch.no_grad(): assert torch.allclose(again(x), model(x), atol=1e-3)
