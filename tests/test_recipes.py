@@ -6,7 +6,7 @@ from fastai.callback.core import Callback
 from PIL import Image
 from fastreid_nb.augment.loaders import reid_dls
 from fastreid_nb.backbone.resnet import resnet18
-from fastreid_nb.recipes.run import read_data
+from fastreid_nb.recipes.run import read_data, run_folder
 from fastreid_nb.recipes.cli import reid_main as main
 from fastreid_nb.data.toy import toy_reid
 from fastreid_nb.train.checkpoint import load_reid
@@ -252,3 +252,10 @@ def test_a_killed_run_goes_on(capsys, tmp_path, folder, monkeypatch):
     a,b = (load_reid(tmp_path/o/'model.pt').state_dict() for o in ('o-2','o'))
     assert all((a[k]==b[k]).all() for k in a) and not (tmp_path/'o'/'run').exists()
     assert 'holds no run that could go on' in says(capsys, 1, *words, '--resume', tmp_path/'o')
+
+def test_a_run_killed_in_its_first_write_leaves_the_folder_free(tmp_path):
+    (tmp_path/'o'/'run').mkdir(parents=True)
+    (tmp_path/'o'/'run'/'half.tmp').touch()
+    with run_folder(tmp_path/'o') as folder: assert folder==tmp_path/'o'
+    (tmp_path/'o'/'run'/'state-000000010.pt').touch()
+    with run_folder(tmp_path/'o') as folder: assert folder==tmp_path/'o-2'

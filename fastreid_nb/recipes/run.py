@@ -113,7 +113,7 @@ def _take(folder, overwrite):
     _writable(folder)
     lock = _locked(folder)
     if lock is None: return None,'is in use by another run'
-    left = [o for o in ('model.pt','model_interrupted.pt','run') if (folder/o).exists()]
+    left = [o for o in ('model.pt','model_interrupted.pt') if (folder/o).exists()]+['run']*bool(state_files(folder/'run'))
     if overwrite or not left: return lock,''
     _unlock(folder, lock, True)
     return None,'holds a run that did not end' if left==['run'] else 'holds the model of an earlier run'
