@@ -321,6 +321,12 @@ def test_a_learning_rate_of_nothing(learn, lr):
     with pytest.raises(ValueError, match='nothing would be learned'): learn.fit(1, lr)
     learn.fit(1, [0,1e-3])
 
+@pytest.mark.parametrize('lr,match', [(0,'nothing would be learned'), (-1e-3,'expected 0 or more'), (float('nan'),'lr=nan')])
+def test_a_schedule_of_fastai_without_learning_rate(learn, lr, match):
+    for fit in (learn.fit_one_cycle, learn.fit_flat_cos):
+        with pytest.raises(ValueError, match=match): fit(1, lr)
+    with pytest.raises(ValueError, match=match): learn.fit_sgdr(1, 1, lr)
+
 def test_a_learner_without_learning_rate(dls):
     for lr in (0,-1.,float('nan'),float('inf')):
         with pytest.raises(ValueError, match='lr='): reid_learner(dls, TinyNet, lr=lr)

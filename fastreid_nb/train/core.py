@@ -19,6 +19,7 @@ import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
@@ -106,6 +107,13 @@ def check_lr(
     given = [check_number('lr', o, 0) for o in ends if o is not None]
     if given and not any(given): raise ValueError('lr=0: nothing would be learned; expected above 0, at least for one group')
 
+def check_sched(
+    cb:Callback, # Any callback
+):
+    "Refuse a schedule of fastai whose learning rate `check_lr` would refuse"
+    sched = cb.scheds.get('lr') if isinstance(cb, ParamScheduler) else None
+    if callable(sched): check_lr([sched(o) for o in np.linspace(0, 1, 9)])
+
 def check_monitor(
     cb:Callback, # Any callback
     names:list, # Columns that training will have
@@ -165,7 +173,9 @@ class ReIDLearner(Learner):
         check_lr(lr)
         if wd is not None: check_number('wd', wd, 0)
         names = ['train_loss', *(o.name for o in self.metrics), 'mAP', 'rank-1']
-        for o in [*self.cbs, *cbs]: check_monitor(o, names)
+        for o in [*self.cbs, *cbs]:
+            check_sched(o)
+            check_monitor(o, names)
         self._check_parts([*self.cbs, *cbs], n_epoch)
         self._forget_grads()
         self.model.pids,self.model.pid_names = list(getattr(self.dls, 'pids', [])),class_names(self.dls)
