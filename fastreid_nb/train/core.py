@@ -107,13 +107,6 @@ def check_lr(
     given = [check_number('lr', o, 0) for o in ends if o is not None]
     if given and not any(given): raise ValueError('lr=0: nothing would be learned; expected above 0, at least for one group')
 
-def check_sched(
-    cb:Callback, # Any callback
-):
-    "Refuse a schedule of fastai whose learning rate `check_lr` would refuse"
-    sched = cb.scheds.get('lr') if isinstance(cb, ParamScheduler) else None
-    if callable(sched): check_lr([sched(o) for o in np.linspace(0, 1, 9)])
-
 def check_monitor(
     cb:Callback, # Any callback
     names:list, # Columns that training will have
@@ -123,6 +116,14 @@ def check_monitor(
     why = 'there is no loss in validation, whose identities are new' if cb.monitor=='valid_loss' else 'no such column'
     known = [o for o in names if o not in ('epoch','time')]
     raise ValueError(f"{type(cb).__name__}: monitor={cb.monitor!r}: {why}; monitor 'mAP' or 'rank-1' (of {known})")
+
+# %% ../../nbs/06_train.ipynb #0710ebbc
+def check_sched(
+    cb:Callback, # Any callback
+):
+    "Refuse a schedule of fastai whose learning rate `check_lr` would refuse"
+    sched = cb.scheds.get('lr') if isinstance(cb, ParamScheduler) else None
+    if callable(sched): check_lr([sched(o) for o in np.linspace(0, 1, 9)])
 
 # %% ../../nbs/06_train.ipynb #2118262d
 def names_in(
