@@ -60,6 +60,7 @@ from .train.finetune import *
 from .train.state import *
 from .train.resume import *
 from .train.distributed import *
+from .train.logs import *
 from .train.names import *
 from .eval.core import *
 from .eval.features import *
