@@ -66,7 +66,7 @@ _kinds = dict(
     between=_compares,
     callback=lambda o: isinstance(o, type) and _room(o) in ('train','kd') and issubclass(o, Callback)
         and o.__name__ not in _no_callbacks)
-_no_callbacks = ('Amp', 'Watch', # an own setting, and what others build on
+_no_callbacks = ('Amp', 'EpochLog', 'TensorBoardLog', 'Watch', # own settings, and what others build on
     'Resumable', 'AcrossProcesses', 'SharedValidation') # and those that a run adds by itself
 _of_fastai = dict(GradientAccumulation=GradientAccumulation, GradientClip=GradientClip)
 _schedules = 'fit_warmup_cos','fit_warmup_steps','fine_tune','fastreid_curve'
